@@ -1,0 +1,62 @@
+# Needs Python 3.11 or newer with venv and pip; everything else is installed into .venv.
+PYTHON ?= python3
+ARGS ?=
+
+PIP = -m pip --disable-pip-version-check --no-input --quiet
+COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --universal \
+	--generate-hashes --no-header --no-annotate --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lock test-floors clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.ready ## Serve the example on this machine (ARGS="--port 9000").
+	@.venv/bin/tfm-guard demo $(ARGS)
+
+test: .venv/.ready ## Run the whole test suite (ARGS="-k revoke").
+	@.venv/bin/python -m pytest $(ARGS)
+
+check: .venv/.ready ## Lint, check the formatting and the types.
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+
+lock: build/uv/.ready ## Resolve both lock files anew: newest versions, oldest allowed ones.
+	@$(COMPILE) --upgrade -o requirements/dev.lock
+	@$(COMPILE) --upgrade --resolution lowest-direct -o requirements/floors.lock
+
+test-floors: .venv-floors/.ready ## Run the suite on the oldest versions that pyproject.toml allows.
+	@.venv-floors/bin/python -m pytest $(ARGS)
+
+clean: ## Remove what the other targets made, except the lock files.
+	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find src tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# One recipe for both environments: .venv from dev.lock, .venv-floors from floors.lock.
+.venv/.ready: requirements/dev.lock
+.venv-floors/.ready: requirements/floors.lock
+.venv/.ready .venv-floors/.ready: pyproject.toml
+	$(require-python)
+	@echo "Installing $(filter %.lock,$^) into $(@D) ..."
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP) install --require-hashes -r $(filter %.lock,$^)
+	@$(@D)/bin/python $(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+build/uv/.ready:
+	$(require-python)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python $(PIP) install uv
+	@touch $@
+
+define require-python
+@command -v $(PYTHON) >/dev/null || { \
+	echo "'$(PYTHON)' was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "Python 3.11 or newer is needed, '$(PYTHON)' is `$(PYTHON) -V 2>&1`: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+endef

@@ -1,0 +1,29 @@
+"""The one place that reads time."""
+
+import time
+from datetime import UTC, datetime
+from typing import Protocol
+
+# CLOCK_BOOTTIME goes on while the machine sleeps, so a suspended process wakes with its deadlines
+# past; where it is missing, the ordinary monotonic clock is the best there is.
+_MONOTONIC = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class Clock(Protocol):
+    """Where time comes from."""
+
+    def now(self) -> datetime:
+        """Return the wall time in UTC: for what is stored and shown."""
+
+    def monotonic(self) -> float:
+        """Return seconds since an arbitrary start that never step: for everything measured."""
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return time.clock_gettime(_MONOTONIC)

@@ -1,0 +1,77 @@
+"""The middleware: lets a request through to the app with a valid key, and never without."""
+
+import logging
+from collections.abc import Iterable
+from typing import Final
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tfm_guard.bearer import Unreadable, read_token
+from tfm_guard.errors import ConfigurationError, InvalidRequest, MissingCredentials, Refusal
+from tfm_guard.guard import Guard
+from tfm_guard.http.lifespan import run_lifespan
+from tfm_guard.http.refusals import RefusalResponse, send_refusal
+
+_log: Final = logging.getLogger(__name__)
+
+
+class APIKeyMiddleware:
+    """Pure ASGI middleware that asks for an API key on every request and WebSocket.
+
+    *exempt* lists paths that need no key, each compared exactly with the path that the app's own
+    router sees (that is, without the prefix under which the app is mounted). The key is found in
+    `scope["user"]`, its scopes in `scope["auth"]`. Refusals are sent, never raised.
+    """
+
+    def __init__(self, app: ASGIApp, *, guard: Guard, exempt: Iterable[str] = ()) -> None:
+        if isinstance(exempt, str):
+            raise ConfigurationError(f'exempt is a list of paths: exempt=("{exempt}",)')
+        self.app = app
+        self._guard = guard
+        self._exempt = frozenset(exempt)
+        faults = [
+            f"exempt: {path!r} must begin with /"
+            for path in self._exempt
+            if not path.startswith("/")
+        ]
+        if faults:
+            raise ConfigurationError(*faults)
+
+    def __repr__(self) -> str:
+        return f"APIKeyMiddleware({self.app!r}, exempt={sorted(self._exempt)})"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "lifespan":
+            await run_lifespan(self.app, self._guard, scope, receive, send)
+            return
+        if kind not in ("http", "websocket"):
+            raise ValueError(f"cannot guard a connection of type {kind!r}")
+        if not self._exempt or _route_path(scope) not in self._exempt:
+            token = read_token(scope["headers"])
+            try:
+                if token is Unreadable.MALFORMED:
+                    raise InvalidRequest
+                if isinstance(token, Unreadable):
+                    raise MissingCredentials(reason=token.value)
+                key = await self._guard.verify(token)
+            except Refusal as refusal:
+                _log.info("refused: %s", refusal.reason)
+                response = RefusalResponse(refusal, self._guard.settings.realm)
+                await send_refusal(scope, receive, send, response)
+                return
+            scope["user"] = key
+            scope["auth"] = key.credentials
+        await self.app(scope, receive, send)
+
+
+def _route_path(scope: Scope) -> str:
+    """Return the path as Starlette's router sees it: without the mount it is under, if any.
+
+    Never from the URL, whose host part a client can make to contain a path.
+    """
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
+        return path[len(root) :]
+    return path

@@ -1,0 +1,65 @@
+"""Refusals on the wire: a status, headers and a JSON body, for HTTP and for WebSocket."""
+
+import random
+from typing import Any, Final
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tfm_guard.bearer import challenge
+from tfm_guard.errors import InsufficientScope, InvalidInput, PlanLimitReached, Refusal
+
+# Spread over a few seconds, so that clients turned away together do not come back together.
+_RETRY_AFTER_SECONDS: Final = (1, 3)
+# RFC 6455 section 7.4.1: the endpoint ends the connection because its policy was violated.
+POLICY_VIOLATION: Final = 1008
+
+
+class RefusalResponse(Response):
+    """The answer to a client that *refusal* describes; challenges name *realm*."""
+
+    media_type = "application/json"
+
+    def __init__(self, refusal: Refusal, realm: str) -> None:
+        super().__init__(_body(refusal), refusal.status, _headers(refusal, realm))
+
+
+async def send_refusal(
+    scope: Scope, receive: Receive, send: Send, response: RefusalResponse
+) -> None:
+    """Answer an HTTP request, or turn down a WebSocket before it is accepted."""
+    if scope["type"] == "http":
+        if scope["method"] == "HEAD":
+            response.body = b""  # RFC 9110 section 9.3.2: the headers of GET, and no content
+        await response(scope, receive, send)
+        return
+    if (await receive())["type"] != "websocket.connect":
+        return  # the client has gone
+    if "websocket.http.response" in scope.get("extensions", {}):
+        await response(scope, receive, send)
+    else:
+        # Before acceptance, servers turn this into HTTP 403.
+        await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
+
+
+def _headers(refusal: Refusal, realm: str) -> dict[str, str]:
+    headers = {"cache-control": "no-store"}
+    if refusal.challenged:
+        scope = (
+            " ".join(sorted(refusal.missing)) if isinstance(refusal, InsufficientScope) else None
+        )
+        headers["www-authenticate"] = challenge(realm, refusal.bearer_error, scope).decode("ascii")
+    if refusal.retryable:
+        # Whole seconds: the service's clients ignore a date or a fraction.
+        headers["retry-after"] = str(random.randint(*_RETRY_AFTER_SECONDS))  # noqa: S311  # no secret
+    return headers
+
+
+def _body(refusal: Refusal) -> bytes:
+    detail: Any = {"code": refusal.code, "message": refusal.message}
+    if isinstance(refusal, InvalidInput):
+        detail = [{"loc": refusal.field, "msg": refusal.message, "type": refusal.kind}]
+    elif isinstance(refusal, PlanLimitReached):
+        detail |= {"limit": refusal.limit, "current": refusal.current, "plan": refusal.plan}
+    return msgspec.json.encode({"detail": detail})

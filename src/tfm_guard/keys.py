@@ -1,0 +1,158 @@
+"""Managing keys: each change is one transaction, with its audit row and its feed row."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from typing import Final
+from uuid import UUID
+
+from tfm_guard.accounts import check_account_id
+from tfm_guard.clock import Clock
+from tfm_guard.errors import InvalidInput, KeyNotFound, PlanLimitReached, Unavailable
+from tfm_guard.hashing import Hashing
+from tfm_guard.records import ApiKey, CreatedKey, Revocation
+from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
+from tfm_guard.store import PrefixTaken, Store, Transaction
+from tfm_guard.text import plain_text
+from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
+
+MAXIMUM_NAME_LENGTH: Final = 100
+
+# With a billion keys every fourth prefix is taken; sixteen in a row are not.
+_MINTING_ATTEMPTS: Final = 16
+
+
+class KeyManager:
+    """Creates, lists and revokes the keys of accounts."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        hashing: Hashing,
+        tagger: Tagger,
+        digest_key: DigestKey,
+        scopes: ScopeRegistry,
+        plans: Mapping[str, int],
+        clock: Clock,
+        random: Callable[[int], bytes],
+    ) -> None:
+        self._store = store
+        self._hashing = hashing
+        self._tagger = tagger
+        self._digest_key = digest_key
+        self._scopes = scopes
+        self._plans = plans
+        self._clock = clock
+        self._random = random
+
+    async def create(
+        self,
+        *,
+        account_id: str,
+        name: str,
+        scopes: Iterable[str] = DEFAULT_SCOPES,
+        expires_at: datetime | None = None,
+        actor: str = "application",
+    ) -> CreatedKey:
+        """Create a key for *account_id* and return it with its token, which is shown this once.
+
+        *name* has 1 to 100 characters after trimming; *scopes* are registered ones; *expires_at*
+        has a zone and lies in the future; *actor* is whom the audit log names. Raises
+        `InvalidInput`, `PlanLimitReached`, or `Unavailable`, and then no key was created (unless
+        the connection broke in the middle of COMMIT, which nobody can tell from here).
+        """
+        check_account_id(account_id)
+        name = plain_text(name, field="name", most=MAXIMUM_NAME_LENGTH)
+        granted = self._scopes.grant(scopes)
+        self._check_expiry(expires_at)
+        for _ in range(_MINTING_ATTEMPTS):
+            token = self._tagger.mint(self._random(RANDOM_BYTES))
+            secret_hash = await self._hashing.hash(token)
+
+            async def insert(
+                transaction: Transaction, token: bytes = token, secret_hash: str = secret_hash
+            ) -> ApiKey:
+                await self._check_limit(transaction, account_id)
+                key = ApiKey(
+                    id=UUID(bytes=self._random(16), version=4),
+                    key_prefix=prefix_of(token),
+                    account_id=account_id,
+                    name=name,
+                    scopes=granted,
+                    created_at=transaction.now,
+                    last_used_at=None,
+                    expires_at=expires_at,
+                    replaced_by=None,
+                )
+                await transaction.insert_key(
+                    key,
+                    secret_hash=secret_hash,
+                    digest=self._digest_key.digest(token),
+                    digest_key_id=self._digest_key.id,
+                    created_by=actor,
+                )
+                await transaction.audit(
+                    account_id=account_id,
+                    actor=actor,
+                    action="api_key.created",
+                    key_id=key.id,
+                    key_name=name,
+                    meta={"key_prefix": key.key_prefix, "permissions": sorted(granted)},
+                )
+                return key
+
+            with contextlib.suppress(PrefixTaken):
+                key = await self._store.transact(insert)
+                return CreatedKey(token=token.decode("ascii"), key=key)
+        raise Unavailable(f"{_MINTING_ATTEMPTS} minted prefixes in a row were taken")
+
+    async def list(self, account_id: str) -> list[ApiKey]:
+        """Return the active keys of *account_id*, newest first."""
+        return await self._store.list_keys(account_id)
+
+    async def revoke(
+        self, account_id: str, key_id: UUID, *, actor: str = "application"
+    ) -> Revocation:
+        """Revoke the key *key_id* of *account_id* for good; return once it is refused everywhere.
+
+        Raises `KeyNotFound` where the account has no such key or it was revoked before, and
+        `Unavailable`.
+        """
+        started = self._clock.monotonic()
+
+        async def change(transaction: Transaction) -> None:
+            await transaction.lock_account(account_id)
+            name = await transaction.revoke_key(account_id, key_id)
+            if name is None:
+                raise KeyNotFound
+            await transaction.audit(
+                account_id=account_id,
+                actor=actor,
+                action="api_key.revoked",
+                key_id=key_id,
+                key_name=name,
+                meta={},
+            )
+
+        await self._store.transact(change)
+        # No process remembers keys: each asks the database, which has just been told.
+        return Revocation(how="acknowledged", workers=0, seconds=self._clock.monotonic() - started)
+
+    async def _check_limit(self, transaction: Transaction, account_id: str) -> None:
+        account = await transaction.lock_account(account_id)
+        current = await transaction.count_active_keys(account_id)
+        # A plan that was taken out of the settings grants no more than the smallest.
+        limit = self._plans.get(account.plan, self._plans["free"])
+        if current >= limit:
+            raise PlanLimitReached(plan=account.plan, limit=limit, current=current)
+
+    def _check_expiry(self, expires_at: datetime | None) -> None:
+        if expires_at is None:
+            return
+        if expires_at.tzinfo is None:
+            raise InvalidInput(
+                ("expires_at",), "timezone_aware", "The time needs its zone, like 2030-01-01T00:00Z"
+            )
+        if expires_at <= self._clock.now():
+            raise InvalidInput(("expires_at",), "datetime_future", "The time must be in the future")

@@ -1,0 +1,207 @@
+"""Talking to the database: engines, deadlines, retries, and the mapping of foreign errors."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import event, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    NoSuchModuleError,
+    SQLAlchemyError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from tfm_guard.errors import ConfigurationError, GuardError, Unavailable
+
+T = TypeVar("T")
+
+READ_SECONDS: Final = 1.0
+WRITE_SECONDS: Final = 5.0
+_POOL_SECONDS: Final = 0.5  # how long a read waits for a connection
+_ATTEMPTS: Final = 4  # a transaction is tried again at most 3 times
+
+_DRIVERS: Final = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+# Serialization failure, deadlock, lock not available: the whole transaction may succeed next time.
+_TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})
+
+
+class Database:
+    """One database behind two bounded pools: *reads* that commit by themselves, and writes.
+
+    Every call ends within its deadline, whatever the database does: work that does not is left
+    behind, cancelled, and its connection goes back to the pool when the driver lets go of it.
+    """
+
+    def __init__(self, url: str, *, pool_size: int) -> None:
+        try:
+            parsed = make_url(url)
+            self.dialect = parsed.get_backend_name()
+            if self.dialect not in _DRIVERS:
+                raise ConfigurationError(
+                    "TFM_GUARD_DATABASE_URL: expected sqlite:///FILE or postgresql://…, "
+                    f"not {self.dialect}://"
+                )
+            if self.dialect == "sqlite" and parsed.database in (None, "", ":memory:"):
+                raise ConfigurationError(
+                    "TFM_GUARD_DATABASE_URL: an in-memory database is not shared between "
+                    "connections; name a file: sqlite:///keys.db"
+                )
+            parsed = parsed.set(drivername=_DRIVERS[self.dialect])
+            make = _sqlite_engine if self.dialect == "sqlite" else _postgresql_engine
+            self._reader = make(parsed, pool_size, reading=True)
+            self._writer = make(parsed, pool_size, reading=False)
+        except ArgumentError:
+            # The message of the original quotes the URL, and with it any password.
+            raise ConfigurationError(
+                "TFM_GUARD_DATABASE_URL is no URL; expected sqlite:///FILE or "
+                "postgresql://USER:PASSWORD@HOST/NAME"
+            ) from None
+        except (NoSuchModuleError, ModuleNotFoundError):
+            raise ConfigurationError(
+                "TFM_GUARD_DATABASE_URL: PostgreSQL needs its driver: "
+                "pip install 'tfm-guard[postgres]'"
+            ) from None
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def __repr__(self) -> str:
+        return f"Database({self.dialect})"
+
+    async def close(self) -> None:
+        """Close both pools, after the work still under way has ended."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=WRITE_SECONDS)
+        await self._reader.dispose()
+        await self._writer.dispose()
+
+    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Return what *work* reads, within `READ_SECONDS`; raise `Unavailable` otherwise."""
+
+        async def attempt(_: list[bool]) -> T:
+            async with self._reader.connect() as connection:
+                return await work(connection)
+
+        return await self._within(READ_SECONDS, attempt)
+
+    async def write(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, seconds: float = WRITE_SECONDS
+    ) -> T:
+        """Run *work* in one transaction and commit it, within *seconds*.
+
+        *work* may run several times: it must do nothing but talk to the connection. Raises
+        `Unavailable` where it is not known to have been committed.
+        """
+
+        async def attempt(committing: list[bool]) -> T:
+            async with self._writer.connect() as connection, connection.begin():
+                result = await work(connection)
+                committing.append(True)
+            return result
+
+        return await self._within(seconds, attempt)
+
+    async def _within(self, seconds: float, attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
+        task = asyncio.ensure_future(_retrying(attempt))
+        self._running.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            # Not wait_for: that would wait for a frozen server to acknowledge the cancellation.
+            await asyncio.wait({task}, timeout=seconds)
+        finally:
+            if not task.done():
+                task.cancel()
+        if not task.done():
+            raise Unavailable(f"the database did not answer within {seconds:g} s")
+        return task.result()
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # seen, so that asyncio does not report work nobody waits for
+
+
+async def _retrying(attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
+    for left in reversed(range(_ATTEMPTS)):
+        committing: list[bool] = []
+        try:
+            return await attempt(committing)
+        except IntegrityError:
+            raise  # an answer, not a failure: the caller knows what it means
+        except PoolTimeout:
+            raise Unavailable("all database connections are in use") from None
+        except DBAPIError as error:
+            # With the connection lost while committing, nobody knows whether it took place.
+            if left and _is_transient(error) and not committing:
+                continue
+            raise _unavailable(error) from None
+        except (SQLAlchemyError, OSError) as error:
+            raise _unavailable(error) from None
+    raise AssertionError("the last attempt returns or raises")  # pragma: no cover
+
+
+def _is_transient(error: DBAPIError) -> bool:
+    return error.connection_invalidated or (
+        getattr(error.orig, "sqlstate", None) in _TRANSIENT_SQLSTATES
+    )
+
+
+def _unavailable(error: Exception) -> GuardError:
+    cause = getattr(error, "orig", None) or error
+    first_line = next(iter(str(cause).splitlines()), "")
+    return Unavailable(f"database: {type(cause).__name__}: {first_line}")
+
+
+def _sqlite_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
+    engine = create_async_engine(
+        url,
+        # SQLite lets one connection write at a time: queueing for it here is fair, in SQLite not.
+        pool_size=pool_size if reading else 1,
+        max_overflow=0,
+        pool_timeout=_POOL_SECONDS if reading else WRITE_SECONDS,
+        connect_args={"timeout": READ_SECONDS if reading else WRITE_SECONDS},
+        hide_parameters=True,
+    )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # no implicit BEGIN: see below
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA foreign_keys = ON")
+        # The default in WAL mode may lose the last commits, and so a revocation, at a power cut.
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.close()
+
+    if not reading:
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def begin(connection: Any) -> None:
+            # A transaction that reads first and then writes can fail where one that takes the
+            # write lock at once just waits.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
+    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if reading else {}
+    return create_async_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=_POOL_SECONDS,
+        connect_args={
+            "connect_timeout": 2,  # seconds, the least that libpq takes
+            "prepare_threshold": None,  # PgBouncer in transaction mode knows no prepared statements
+            "application_name": "tfm-guard",
+            # A peer that is gone without a word is noticed by the kernel.
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 2,
+            "tcp_user_timeout": 5_000,  # milliseconds
+        },
+        hide_parameters=True,
+        **options,
+    )

@@ -1,0 +1,167 @@
+"""The store as the other parts see it."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import datetime
+from typing import Any, Final, NamedTuple, TypeVar
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, bindparam, func, literal, select, text, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tfm_guard.clock import Clock
+from tfm_guard.records import ApiKey, StoredKey
+from tfm_guard.store import schema, upgrade
+from tfm_guard.store.database import Database
+from tfm_guard.store.schema import UtcDateTime
+from tfm_guard.store.transaction import Transaction, is_active
+
+T = TypeVar("T")
+
+# For one transaction: how long it may wait for a lock, and how long a writer that stalls with
+# locks held keeps others waiting. Both end below the deadline of a write.
+_LIMITS: Final = text(
+    "SELECT clock_timestamp() AS now, "
+    "set_config('lock_timeout', '1500ms', true), "
+    "set_config('statement_timeout', '4s', true), "
+    "set_config('idle_in_transaction_session_timeout', '4s', true)"
+)
+
+
+class Installation(NamedTuple):
+    """What was made together with the tables."""
+
+    id: str
+    root_secret: bytes
+    tag_key: bytes
+
+
+class Store:
+    """Keys, accounts, the audit log and the feed of changes, in the database at *url*."""
+
+    def __init__(self, url: str, *, pool_size: int, clock: Clock) -> None:
+        self._database = Database(url, pool_size=pool_size)
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"Store({self._database.dialect})"
+
+    async def open(self) -> Installation:
+        """Make the tables if there are none, and return what came with them.
+
+        Raises `SchemaError` if the tables are of another release, `Unavailable` if the database
+        cannot be reached.
+        """
+        await upgrade.ensure_schema(self._database)
+        return await self._database.read(_read_installation)
+
+    async def upgrade(self) -> tuple[str | None, str]:
+        """Bring the tables to this release; return their revision before and after."""
+        return await upgrade.upgrade(self._database)
+
+    async def close(self) -> None:
+        await self._database.close()
+
+    async def find_keys(self, prefixes: Iterable[str]) -> dict[str, StoredKey]:
+        """Return the rows of those *prefixes* that exist, by prefix."""
+        wanted = list(prefixes)
+
+        async def work(connection: AsyncConnection) -> dict[str, StoredKey]:
+            rows = await connection.execute(
+                _FIND_KEYS.add_columns(self._now().label("read_at")), {"prefixes": wanted}
+            )
+            return {row.prefix: _stored_key(row) for row in rows}
+
+        return await self._database.read(work)
+
+    async def list_keys(self, account_id: str) -> list[ApiKey]:
+        """Return the account's active keys, newest first."""
+
+        async def work(connection: AsyncConnection) -> list[ApiKey]:
+            keys = schema.keys.c
+            rows = await connection.execute(
+                select(schema.keys, schema.key_usage.c.last_used_at)
+                .outerjoin(schema.key_usage, schema.key_usage.c.key_id == keys.id)
+                .where(keys.account_id == account_id, *is_active(self._now()))
+                .order_by(keys.created_at.desc(), keys.id.desc())
+            )
+            return [_api_key(row) for row in rows]
+
+        return await self._database.read(work)
+
+    async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        """Run *work* in a transaction that appends its changes to the feed, and commit it.
+
+        *work* may run again from the start after a conflict with another transaction, so it must
+        do nothing but call the transaction.
+        """
+
+        async def run(connection: AsyncConnection) -> T:
+            transaction = Transaction(connection, await self._begin(connection))
+            result = await work(transaction)
+            await transaction.append_changes()
+            return result
+
+        return await self._database.write(run)
+
+    async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
+        """Store the digest of a key that was proven by its slow hash. Its state stays as it is."""
+
+        async def run(connection: AsyncConnection) -> None:
+            await self._begin(connection)
+            await connection.execute(
+                update(schema.keys)
+                .where(schema.keys.c.id == key_id)
+                .values(digest=digest, digest_key_id=digest_key_id)
+            )
+
+        await self._database.write(run)
+
+    async def _begin(self, connection: AsyncConnection) -> datetime:
+        if self._database.dialect == "sqlite":
+            return self._clock.now()
+        now: datetime = (await connection.execute(_LIMITS)).scalar_one()
+        return now
+
+    def _now(self) -> ColumnElement[datetime]:
+        # SQLite has no time but this machine's; PostgreSQL's is one for all processes.
+        if self._database.dialect == "sqlite":
+            return literal(self._clock.now(), UtcDateTime())
+        return func.clock_timestamp(type_=UtcDateTime())
+
+
+_FIND_KEYS: Final = (
+    select(
+        *(column for column in schema.keys.c if column.name in {*StoredKey._fields}),
+        schema.accounts.c.suspended_at,
+    )
+    .join(schema.accounts, schema.accounts.c.id == schema.keys.c.account_id)
+    .where(schema.keys.c.prefix.in_(bindparam("prefixes", expanding=True)))
+)
+
+
+async def _read_installation(connection: AsyncConnection) -> Installation:
+    secrets = {row.name: row.value for row in await connection.execute(select(schema.secrets))}
+    identity = await connection.execute(
+        select(schema.settings.c.value).where(schema.settings.c.name == "installation_id")
+    )
+    return Installation(identity.scalar_one(), secrets["root"], secrets["tag"])
+
+
+def _stored_key(row: Any) -> StoredKey:
+    values = row._asdict()
+    values["scopes"] = frozenset(row.scopes.split())
+    return StoredKey(**values)
+
+
+def _api_key(row: Any) -> ApiKey:
+    return ApiKey(
+        id=row.id,
+        key_prefix=row.prefix,
+        account_id=row.account_id,
+        name=row.name,
+        scopes=frozenset(row.scopes.split()),
+        created_at=row.created_at,
+        last_used_at=row.last_used_at,
+        expires_at=row.expires_at,
+        replaced_by=row.replaced_by,
+    )

@@ -1,0 +1,67 @@
+"""Databases for every test, and the rule that no test is left out unnoticed."""
+
+import itertools
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.postgres import PostgresServer
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """Run one PostgreSQL server for the whole session."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """Create an empty PostgreSQL database for one test; the test may stop the server."""
+    postgres_server.start()
+    name = f"test_{next(_numbers)}"
+    yield postgres_server.create_database(name)
+    postgres_server.start()
+    postgres_server.drop_database(name)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """Name an SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path}/tfm_guard.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """Run the test once on each kind of database, empty at first."""
+    fixture = {"sqlite": "sqlite_url", "postgresql": "postgres_url"}[request.param]
+    url = request.getfixturevalue(fixture)
+    assert isinstance(url, str)
+    return url
+
+
+def _fail_if_left_out(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Make a skip or an expected failure a failure: what a machine lacks must not look tested."""
+    if report.outcome == "skipped":
+        reason = getattr(report, "wasxfail", "") or report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid} was skipped or xfailed, which nothing may be: {reason}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail what was skipped while running."""
+    report = yield
+    _fail_if_left_out(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Fail a module that was skipped as a whole."""
+    report = yield
+    _fail_if_left_out(report)
+    return report
