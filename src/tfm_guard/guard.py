@@ -105,8 +105,7 @@ class Guard:
             parts = self._parts or await self._open_parts()
             key = await parts.verifier.verify(raw)
         except InvalidToken:
-            self._note_success()
-            raise
+            raise  # often without the database, and so no sign that it is back
         except Unavailable as error:
             self._note_failure(error.reason)
             raise
@@ -124,7 +123,13 @@ class Guard:
         Raises `SchemaError` if the database is of another release, `Unavailable` if it cannot be
         reached.
         """
-        await self._open_parts()
+        try:
+            await self._open_parts()
+        except BaseException:
+            async with self._opening:
+                if self._parts is None:
+                    await self._renew_store()
+            raise
         self._opened += 1
 
     async def close(self) -> None:
@@ -134,8 +139,7 @@ class Guard:
             return
         parts, self._parts = self._parts, None
         parts.hashing.close()
-        await parts.store.close()
-        self._store = self._new_store()
+        await self._renew_store()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -157,7 +161,11 @@ class Guard:
 
     async def upgrade_schema(self) -> tuple[str | None, str]:
         """Bring the database's tables to this release; return their revision before and after."""
-        return await self._store.upgrade()
+        try:
+            return await self._store.upgrade()
+        finally:
+            if self._parts is None:
+                await self._renew_store()
 
     def management_app(self) -> "ASGIApp":
         """Return the ASGI app that serves `/v1/api-keys/`; it verifies its callers itself."""
@@ -215,6 +223,11 @@ class Guard:
             pool_size=self.settings.database_pool_size,
             clock=self._clock,
         )
+
+    async def _renew_store(self) -> None:
+        """Close the store's connections; the next opening begins with new ones."""
+        store, self._store = self._store, self._new_store()
+        await store.close()
 
     def _opened_parts(self) -> _Parts:
         if self._parts is None:

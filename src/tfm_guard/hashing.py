@@ -72,8 +72,9 @@ class Hashing:
         return await self._run(compute)
 
     def close(self) -> None:
-        """End the threads as they become idle."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads once all that was asked for is computed; refuse what comes later."""
+        # To cancel what waits would look, to those who wait for it, like their own cancellation.
+        self._threads.shutdown(wait=False)
 
     async def _run(self, compute: Callable[[], T]) -> T:
         if not self._room.acquire(blocking=False):
@@ -83,13 +84,19 @@ class Hashing:
             self.computed += 1
             return compute()
 
-        future = self._threads.submit(in_thread)
+        try:
+            future = self._threads.submit(in_thread)
+        except RuntimeError:
+            self._room.release()
+            raise Unavailable("closed") from None
         # Called once for every end: computed, failed, or cancelled before a thread took it up.
         future.add_done_callback(lambda _: self._room.release())
         return await asyncio.wrap_future(future)
 
 
 def _is_affordable(secret_hash: str) -> bool:
+    if not secret_hash.isascii():
+        return False  # argon2-cffi would raise UnicodeEncodeError
     try:
         asked = extract_parameters(secret_hash)
     except InvalidHashError:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
@@ -65,7 +65,8 @@ class KeyManager:
         check_account_id(account_id)
         name = plain_text(name, field="name", most=MAXIMUM_NAME_LENGTH)
         granted = self._scopes.grant(scopes)
-        self._check_expiry(expires_at)
+        if expires_at is not None:
+            expires_at = self._future_in_utc(expires_at)
         for _ in range(_MINTING_ATTEMPTS):
             token = self._tagger.mint(self._random(RANDOM_BYTES))
             secret_hash = await self._hashing.hash(token)
@@ -147,12 +148,17 @@ class KeyManager:
         if current >= limit:
             raise PlanLimitReached(plan=account.plan, limit=limit, current=current)
 
-    def _check_expiry(self, expires_at: datetime | None) -> None:
-        if expires_at is None:
-            return
-        if expires_at.tzinfo is None:
+    def _future_in_utc(self, expires_at: datetime) -> datetime:
+        if expires_at.utcoffset() is None:
             raise InvalidInput(
                 ("expires_at",), "timezone_aware", "The time needs its zone, like 2030-01-01T00:00Z"
             )
+        try:
+            expires_at = expires_at.astimezone(UTC)
+        except OverflowError:  # before year 1 or after year 9999, seen from UTC
+            raise InvalidInput(
+                ("expires_at",), "datetime_range", "The time is beyond all calendars"
+            ) from None
         if expires_at <= self._clock.now():
             raise InvalidInput(("expires_at",), "datetime_future", "The time must be in the future")
+        return expires_at

@@ -60,6 +60,12 @@ class KeyCredentials(AuthCredentials):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"credentials are shared between requests and cannot change {name!r}")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyCredentials) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.scopes, self.realm))
+
     def __repr__(self) -> str:
         return f"KeyCredentials({' '.join(self.scopes)!r}, realm={self.realm!r})"
 

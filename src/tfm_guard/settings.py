@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Self
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -71,7 +70,8 @@ class Settings(Struct, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         # The URL may hold a password; the secrets are secrets.
-        return f"Settings(database={urlsplit(self.database_url).scheme}, realm={self.realm!r})"
+        kind, is_url, _ = self.database_url.partition("://")
+        return f"Settings(database={kind if is_url else '?'}, realm={self.realm!r})"
 
 
 def _from_text(text: str, kind: Any) -> Any:

@@ -73,7 +73,7 @@ class Verifier:
     async def _renew_digest(self, row: StoredKey, token: bytes) -> None:
         """Store the digest under the newest key, so that nothing slower is needed again."""
         current = self._digest_keys.current
-        if row.digest_key_id == current.id:
+        if row.digest is not None and row.digest_key_id == current.id:
             return
         try:
             await self._store.set_digest(row.id, current.digest(token), current.id)

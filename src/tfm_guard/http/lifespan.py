@@ -1,6 +1,7 @@
 """Lifespan: opens the guard with the server, also around apps that do not speak the protocol."""
 
 import logging
+from contextlib import AsyncExitStack
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -9,6 +10,11 @@ from tfm_guard.errors import GuardError
 from tfm_guard.guard import Guard
 
 _log: Final = logging.getLogger(__name__)
+
+# After one of these a server may end its event loop, and whatever still runs in it.
+_LAST: Final = frozenset(
+    {"lifespan.startup.failed", "lifespan.shutdown.complete", "lifespan.shutdown.failed"}
+)
 
 
 async def run_lifespan(
@@ -26,10 +32,15 @@ async def run_lifespan(
         _log.critical("the guard cannot be opened: %s", message)
         await send({"type": "lifespan.startup.failed", "message": message})
         return
-    try:
-        await _run_inner(app, scope, startup, receive, send)
-    finally:
-        await guard.close()
+    async with AsyncExitStack() as undo:
+        undo.push_async_callback(guard.close)
+
+        async def close_and_send(message: Message) -> None:
+            if message["type"] in _LAST:
+                await undo.aclose()
+            await send(message)
+
+        await _run_inner(app, scope, startup, receive, close_and_send)
 
 
 async def _run_inner(

@@ -25,6 +25,12 @@ T = TypeVar("T", bound=Struct)
 
 MAXIMUM_BODY_BYTES: Final = 65_536
 
+# How msgspec's messages about a field as such begin, and FastAPI's type and message for the same.
+_FIELD_FAULTS: Final = (
+    ("Object missing required field ", "missing", "Field required"),
+    ("Object contains unknown field ", "extra_forbidden", "Extra inputs are not permitted"),
+)
+
 
 class CreateKeyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """The body of `POST /v1/api-keys/`."""
@@ -87,8 +93,8 @@ class ManagementApp:
         self._guard = guard
         app = Starlette(
             routes=[
-                Route("/v1/api-keys/", self._list, methods=["GET"]),
-                Route("/v1/api-keys/", self._create, methods=["POST"]),
+                # One route for both methods, so that a 405 names both in Allow.
+                Route("/v1/api-keys/", self._list_or_create, methods=["GET", "POST"]),
                 Route("/v1/api-keys/{key_id}", self._delete, methods=["DELETE"]),
             ],
             exception_handlers={Refusal: self._refuse, HTTPException: self._refuse_route},
@@ -102,6 +108,11 @@ class ManagementApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
+
+    async def _list_or_create(self, request: Request) -> Response:
+        answer = self._create if request.method == "POST" else self._list
+        response: Response = await answer(request)
+        return response
 
     @requires("api-keys:read")
     async def _list(self, request: Request) -> Response:
@@ -206,10 +217,8 @@ async def _read(request: Request, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        # Which reads like this: Expected `str`, got `int` - at `$.permissions[0]`
-        message, _, path = str(error).partition(" - at `$")
-        raise InvalidInput(("body", *_location(path)), "invalid", message) from None
-    except msgspec.DecodeError:
+        raise _fault(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidInput(("body",), "json_invalid", "The body is not valid JSON") from None
 
 
@@ -218,6 +227,17 @@ def _in_body(error: InvalidInput) -> InvalidInput:
     name, *rest = error.field
     field = ("body", "permissions" if name == "scopes" else name, *rest)
     return InvalidInput(field, error.kind, error.message)
+
+
+def _fault(text: str) -> InvalidInput:
+    """Return what msgspec says in *text* as FastAPI would say it."""
+    for start, kind, message in _FIELD_FAULTS:
+        if text.startswith(start):
+            # What follows is the field's name in backticks. The client may have chosen it.
+            return InvalidInput(("body", text[len(start) + 1 : -1]), kind, message)
+    # Others read like this: Expected `str`, got `int` - at `$.permissions[0]`
+    message, _, path = text.partition(" - at `$")
+    return InvalidInput(("body", *_location(path)), "invalid", message)
 
 
 def _location(path: str) -> tuple[str | int, ...]:

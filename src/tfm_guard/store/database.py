@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
+import aiosqlite
 from sqlalchemy import event, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
-    IntegrityError,
     NoSuchModuleError,
     SQLAlchemyError,
 )
@@ -54,7 +54,7 @@ class Database:
             make = _sqlite_engine if self.dialect == "sqlite" else _postgresql_engine
             self._reader = make(parsed, pool_size, reading=True)
             self._writer = make(parsed, pool_size, reading=False)
-        except ArgumentError:
+        except (ArgumentError, ValueError):  # the latter for a port that is no number
             # The message of the original quotes the URL, and with it any password.
             raise ConfigurationError(
                 "TFM_GUARD_DATABASE_URL is no URL; expected sqlite:///FILE or "
@@ -128,8 +128,6 @@ async def _retrying(attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
         committing: list[bool] = []
         try:
             return await attempt(committing)
-        except IntegrityError:
-            raise  # an answer, not a failure: the caller knows what it means
         except PoolTimeout:
             raise Unavailable("all database connections are in use") from None
         except DBAPIError as error:
@@ -161,7 +159,10 @@ def _sqlite_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
         pool_size=pool_size if reading else 1,
         max_overflow=0,
         pool_timeout=_POOL_SECONDS if reading else WRITE_SECONDS,
-        connect_args={"timeout": READ_SECONDS if reading else WRITE_SECONDS},
+        connect_args={
+            "timeout": READ_SECONDS if reading else WRITE_SECONDS,
+            "async_creator_fn": _connect_sqlite,
+        },
         hide_parameters=True,
     )
 
@@ -185,13 +186,26 @@ def _sqlite_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
     return engine
 
 
+async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
+    connection = aiosqlite.connect(*args, **options)
+    thread = connection._thread  # noqa: SLF001  # there is no other way to it
+    thread.daemon = True
+    try:
+        return await connection
+    except BaseException:
+        # Where it cannot connect, aiosqlite tells its thread to end and does not wait for that:
+        # left alone, the thread may find the event loop closed and print a traceback.
+        await asyncio.to_thread(thread.join)
+        raise
+
+
 def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
     options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if reading else {}
     return create_async_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
-        pool_timeout=_POOL_SECONDS,
+        pool_timeout=_POOL_SECONDS if reading else WRITE_SECONDS,
         connect_args={
             "connect_timeout": 2,  # seconds, the least that libpq takes
             "prepare_threshold": None,  # PgBouncer in transaction mode knows no prepared statements

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tfm_guard.clock import Clock
 from tfm_guard.records import ApiKey, StoredKey
 from tfm_guard.store import schema, upgrade
-from tfm_guard.store.database import Database
+from tfm_guard.store.database import READ_SECONDS, Database
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.transaction import Transaction, is_active
 
@@ -114,7 +114,8 @@ class Store:
                 .values(digest=digest, digest_key_id=digest_key_id)
             )
 
-        await self._database.write(run)
+        # A request that is being verified waits for this, so it has no more time than a read.
+        await self._database.write(run, seconds=READ_SECONDS)
 
     async def _begin(self, connection: AsyncConnection) -> datetime:
         if self._database.dialect == "sqlite":
