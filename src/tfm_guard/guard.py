@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
+# How long a request waits for the guard to open, should it be the first to need it.
+_OPENING_SECONDS: Final = 5.0
+
 
 class _Parts(NamedTuple):
     """What exists while a guard is open."""
@@ -59,7 +62,7 @@ class Guard:
         self._store = self._new_store()  # made here, so that a faulty URL is told at once
         self._parts: _Parts | None = None
         self._opened = 0
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[_Parts] | None = None
         self._failures = 0
         start_anew = weakref.WeakMethod(self._start_anew)
         os.register_at_fork(after_in_child=lambda: _call(start_anew))
@@ -102,7 +105,7 @@ class Guard:
         except UnicodeEncodeError:
             raise InvalidToken("not of the form of a key") from None
         try:
-            parts = self._parts or await self._open_parts()
+            parts = self._parts or await self._open_for_request()
             key = await parts.verifier.verify(raw)
         except InvalidToken:
             raise  # often without the database, and so no sign that it is back
@@ -126,20 +129,19 @@ class Guard:
         try:
             await self._open_parts()
         except BaseException:
-            async with self._opening:
-                if self._parts is None:
-                    await self._renew_store()
+            if self._parts is None:
+                await self._store.close()
             raise
         self._opened += 1
 
     async def close(self) -> None:
         """Undo one `open`; with the last, end what is under way and close the connections."""
-        self._opened -= 1
+        self._opened = max(self._opened - 1, 0)
         if self._opened > 0 or self._parts is None:
             return
         parts, self._parts = self._parts, None
         parts.hashing.close()
-        await self._renew_store()
+        await self._store.close()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -165,7 +167,7 @@ class Guard:
             return await self._store.upgrade()
         finally:
             if self._parts is None:
-                await self._renew_store()
+                await self._store.close()
 
     def management_app(self) -> "ASGIApp":
         """Return the ASGI app that serves `/v1/api-keys/`; it verifies its callers itself."""
@@ -174,11 +176,26 @@ class Guard:
 
         return ManagementApp(self)
 
+    async def _open_for_request(self) -> _Parts:
+        try:
+            async with asyncio.timeout(_OPENING_SECONDS):
+                return await self._open_parts()
+        except TimeoutError:
+            raise Unavailable("the guard is still being opened") from None
+
     async def _open_parts(self) -> _Parts:
-        async with self._opening:
-            if self._parts is None:
-                self._parts = await self._build()
+        if self._parts is not None:
             return self._parts
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._build())
+            self._opening.add_done_callback(self._end_opening)
+        # Shielded: others may wait for the same opening.
+        return await asyncio.shield(self._opening)
+
+    def _end_opening(self, opening: "asyncio.Task[_Parts]") -> None:
+        self._opening = None
+        if not opening.cancelled() and opening.exception() is None:
+            self._parts = opening.result()
 
     async def _build(self) -> _Parts:
         installation = await self._store.open()
@@ -224,11 +241,6 @@ class Guard:
             clock=self._clock,
         )
 
-    async def _renew_store(self) -> None:
-        """Close the store's connections; the next opening begins with new ones."""
-        store, self._store = self._store, self._new_store()
-        await store.close()
-
     def _opened_parts(self) -> _Parts:
         if self._parts is None:
             raise GuardError("The guard is not open. Use it inside: async with guard: ...")
@@ -249,7 +261,7 @@ class Guard:
         """Leave to the parent process, after a fork, its connections and threads."""
         self._parts = None
         self._opened = 0
-        self._opening = asyncio.Lock()
+        self._opening = None
         self._store = self._new_store()
 
 

@@ -1,0 +1,323 @@
+"""Whatever breaks at whatever await of the guard: no request gets through that should not."""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from tests.http.disturbance import Disturbance, Place, disturbing, reachable
+from tests.http.support import bearer, http_scope, make_guard, seed
+from tests.support.sql import execute
+from tfm_guard import APIKeyMiddleware, Guard
+
+
+class _OneTurn:
+    """Lets everything else run once."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+@dataclass
+class Request:
+    """One request into the middleware, on connections that wait a turn each time they are used."""
+
+    scope: Scope
+    sent: list[Message] = field(default_factory=list)
+
+    async def receive(self) -> Message:
+        await _OneTurn()
+        return {"type": "websocket.connect"}
+
+    async def send(self, message: Message) -> None:
+        await _OneTurn()
+        self.sent.append(message)
+
+    @property
+    def status(self) -> int | None:
+        """The status that was sent, if any was."""
+        return self.sent[0].get("status") if self.sent else None
+
+
+class Setting:
+    """A guard that is not open yet, before an app that notes whom it was reached by."""
+
+    def __init__(self, url: str, tokens: dict[str, bytes]) -> None:
+        self.tokens = tokens
+        self.reached: list[Scope] = []
+        # One connection: a second request is answered only if the first has given it back.
+        self.guard: Guard = make_guard(url, database_pool_size=1)
+        self.app = APIKeyMiddleware(self._protected, guard=self.guard)
+
+    async def _protected(self, scope: Scope, _receive: Receive, _send: Send) -> None:
+        self.reached.append(scope)
+
+    def request(self, kind: str, **scope: Any) -> Request:
+        """Return a request with the token of that kind."""
+        return Request(http_scope(headers=bearer(self.tokens[kind]), **scope))
+
+    async def answer(self, request: Request) -> None:
+        """Let the middleware answer *request*."""
+        await self.app(request.scope, request.receive, request.send)
+
+
+@dataclass
+class Kind:
+    """A kind of request, as the first that a guard gets."""
+
+    token: str
+    accepted: bool = False
+    # A database without tables, which the request has to make first.
+    empty: bool = False
+    # After another request, which is about to open the guard.
+    second: bool = False
+    websocket: bool = False
+    # Where the server cannot send an HTTP response to a WebSocket.
+    extensions: Mapping[str, Mapping[str, str]] = field(
+        default_factory=lambda: {"websocket.http.response": {}}
+    )
+
+
+KINDS: Final = {
+    "accepted": Kind("good", accepted=True),
+    "revoked": Kind("revoked"),
+    "second": Kind("good", accepted=True, second=True),
+    "websocket": Kind("revoked", websocket=True),
+    "websocket closed": Kind("revoked", websocket=True, extensions={}),
+    "empty": Kind("good", empty=True),
+}
+
+
+# Where requests come in, and what SQLAlchemy calls for them.
+STARTS: Final = ("http.middleware.APIKeyMiddleware.__call__", "store.database._connect_sqlite")
+# Functions of the same names as some that a request leads to.
+ELSEWHERE: Final = {
+    "http.lifespan.run_lifespan": "no request: the server starts or ends",
+    "guard.Guard.open": "Store.open is meant",
+    "keys.KeyManager.list": "the type is meant",
+    "store.store.Store.upgrade": "the function upgrade is meant",
+}
+# Where these requests never wait, and why.
+NEVER: Final = {
+    (
+        "http.middleware.APIKeyMiddleware.__call__",
+        "await run_lifespan(self.app, self._guard, scope, receive, send)",
+    ): "no request: the server starts or ends",
+    (
+        "http.middleware.APIKeyMiddleware.__call__",
+        "await self.app(scope, receive, send)",
+    ): "the request has been let through; what waits is the app",
+    (
+        "guard.Guard._open_for_request",
+        "async with asyncio.timeout(_OPENING_SECONDS):",
+    ): "a timeout is entered and left at once",
+    (
+        "store.store.Store.set_digest.run",
+        "await self._begin(connection)",
+    ): "only PostgreSQL is asked for the time",
+    (
+        "store.store.Store._begin",
+        "await connection.execute(_LIMITS)",
+    ): "only PostgreSQL has these limits",
+    (
+        "store.upgrade.upgrade.work",
+        "await connection.execute(text(f'SELECT pg_advisory_xact_lock({_LOCK})'))",
+    ): "only PostgreSQL needs this lock",
+    (
+        "store.upgrade._switch_to_wal",
+        "await asyncio.sleep(0.01)",
+    ): "only while another process switches, too",
+}
+
+
+@dataclass
+class Outcome:
+    """What came of a disturbed request."""
+
+    request: Request
+    reached: list[Scope]
+    error: BaseException | None
+    waits: list[tuple[Place, ...]]
+
+
+@asynccontextmanager
+async def nothing_left() -> AsyncIterator[None]:
+    """Fail if what happens inside leaves a task or a thread behind."""
+    tasks, threads = asyncio.all_tasks(), set(threading.enumerate())
+    yield
+    assert asyncio.all_tasks() == tasks
+    for thread in set(threading.enumerate()) - threads:
+        if not thread.name.startswith("asyncio_"):  # the event loop's own, which end with it
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+class Stage:
+    """Makes the same request again and again, each time with a new guard."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._numbers = count()
+        self._url = f"sqlite:///{folder}/keys.db"
+        self._tokens: dict[str, bytes] = {}
+
+    async def prepare(self) -> None:
+        """Make the keys."""
+        self._tokens = await seed(self._url)
+
+    async def run(self, kind: Kind, disturbance: Disturbance) -> Outcome:
+        """Make one request and disturb it, then see that the guard still works."""
+        url = f"sqlite:///{self._folder}/{next(self._numbers)}.db" if kind.empty else self._url
+        if not kind.empty:
+            # So that argon2 has to decide, and the digest is to be stored.
+            execute(url, "UPDATE tfm_keys SET digest = NULL, digest_key_id = NULL")
+        async with nothing_left():
+            setting = Setting(url, self._tokens)
+            outcome = await self._disturbed(setting, kind, disturbance)
+            async with setting.guard:
+                after = setting.request("good")
+                await setting.answer(after)
+        assert after.status == (401 if kind.empty else None)
+        assert len(setting.reached) == (0 if kind.empty else 1)
+        return outcome
+
+    async def _disturbed(self, setting: Setting, kind: Kind, disturbance: Disturbance) -> Outcome:
+        others = []
+        if kind.second:
+            others = [asyncio.create_task(setting.answer(setting.request("good")))]
+            await _OneTurn()
+        more = {"type": "websocket", "extensions": kind.extensions}
+        request = setting.request(kind.token, **(more if kind.websocket else {}))
+        with disturbing(disturbance):
+            task = asyncio.create_task(setting.answer(request))
+        await asyncio.wait([task])
+        disturbance.over = True
+        await asyncio.gather(*others)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        reached = [scope for scope in setting.reached if scope is request.scope]
+        setting.reached.clear()
+        return Outcome(request, reached, error, disturbance.waits)
+
+
+@pytest.fixture
+async def stage(tmp_path: Path) -> Stage:
+    """Make a database with keys, on which requests can be made."""
+    stage = Stage(tmp_path)
+    await stage.prepare()
+    return stage
+
+
+def went_on(log: pytest.LogCaptureFixture) -> bool:
+    """Tell whether somebody has said that the error was noted and did no harm.
+
+    SQLAlchemy does when it only tidied up, and then gives the connection up; the verifier does when
+    a key was proven and only its digest was not stored.
+    """
+    return any(
+        record.name.startswith("sqlalchemy.pool") or record.name == "tfm_guard.verifier"
+        for record in log.records
+        if record.levelno >= logging.WARNING
+    )
+
+
+def check_refused(outcome: Outcome, kind: Kind, log: pytest.LogCaptureFixture) -> None:
+    """Fail unless an exception has led to 503, or has done no harm at all."""
+    if outcome.error is not None:
+        # The connection to the client itself is broken: there is no way to tell it anything.
+        assert isinstance(outcome.error, InjectedError)
+        assert not outcome.reached
+        return
+    if outcome.reached:
+        assert kind.accepted
+        assert outcome.request.sent == []
+        assert went_on(log)
+    elif outcome.request.status != 503:
+        assert kind.token == "revoked" or kind.empty
+        if kind.extensions == {}:
+            assert [message["type"] for message in outcome.request.sent] == ["websocket.close"]
+        else:
+            assert outcome.request.status == 401
+            assert went_on(log)
+
+
+class InjectedError(Exception):
+    """What breaks."""
+
+
+def numbers_to_try(kind: Kind, waits: list[tuple[Place, ...]]) -> Iterator[int]:
+    """Yield which waits to disturb: all, until none is left that has the number.
+
+    Making tables waits a hundred times in one and the same place of ours, and a WebSocket mostly
+    where a request does: there, the first and the last time in each place are tried.
+    """
+    if not (kind.empty or kind.websocket):
+        yield from count(1)
+    for place in dict.fromkeys(waits):
+        yield waits.index(place) + 1
+        yield len(waits) - waits[::-1].index(place)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+async def test_an_exception_anywhere_lets_nothing_through(
+    stage: Stage, kind: Kind, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception at any await refuses the request with 503, and the next one is answered."""
+    undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+    refused = 0
+    for number in numbers_to_try(kind, undisturbed.waits):
+        caplog.clear()
+        outcome = await stage.run(kind, Disturbance(number, InjectedError))
+        if len(outcome.waits) < number:
+            break
+        check_refused(outcome, kind, caplog)
+        refused += outcome.request.status == 503
+    assert kind.extensions == {} or refused > len(undisturbed.waits) / 10
+    assert len(undisturbed.reached) == kind.accepted
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+async def test_a_cancellation_anywhere_lets_nothing_through(stage: Stage, kind: Kind) -> None:
+    """A cancellation at any await ends the request, and the next one is answered."""
+    undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+    for number in numbers_to_try(kind, undisturbed.waits):
+        outcome = await stage.run(kind, Disturbance(number, asyncio.CancelledError))
+        if len(outcome.waits) < number:
+            break
+        assert not outcome.reached
+        assert isinstance(outcome.error, asyncio.CancelledError)
+
+
+async def test_every_await_of_the_guard_is_among_them(stage: Stage) -> None:
+    """The requests wait at every await that the middleware leads to, but for those named here."""
+    waits: set[tuple[Place, ...]] = set()
+    for kind in KINDS.values():
+        undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+        waits.update(undisturbed.waits)
+    # And where only a request waits that something has gone wrong for.
+    kind = KINDS["accepted"]
+    undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+    for place in dict.fromkeys(undisturbed.waits):
+        number = undisturbed.waits.index(place) + 1
+        waits.update((await stage.run(kind, Disturbance(number, InjectedError))).waits)
+    seen = {place for places in waits for place in places}
+    functions = reachable(*STARTS, stop=set(ELSEWHERE))
+    places = {
+        place: (path, source)
+        for path, function in functions.items()
+        for place, source in function.waits.items()
+    }
+    waited = {min((outer for outer in places if outer.holds(place)), key=extent) for place in seen}
+    assert {places[place] for place in places.keys() - waited} == set(NEVER)
+
+
+def extent(place: Place) -> tuple[int, int]:
+    """Return how many lines and columns *place* goes over."""
+    return place.last[0] - place.first[0], place.last[1] - place.first[1]
