@@ -1,0 +1,105 @@
+"""A small mail API behind API keys: the file to copy from.
+
+    TFM_GUARD_DATABASE_URL=sqlite:///keys.db uvicorn examples.mail_api:app
+
+Make the first key with `tfm-guard keys create`, further ones with `POST /v1/api-keys/`.
+"""
+
+import os
+from collections import defaultdict, deque
+from datetime import UTC, datetime
+from functools import partial
+from uuid import UUID, uuid4
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.endpoints import HTTPEndpoint
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+
+from tfm_guard import APIKeyMiddleware, Guard, requires
+
+# Other settings come from their own TFM_GUARD_* variables.
+guard = Guard.from_urls(database=os.environ.get("TFM_GUARD_DATABASE_URL", "sqlite:///tfm_guard.db"))
+
+
+class Address(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Whom an email is from or to."""
+
+    email: str
+    name: str | None = None
+
+
+class EmailRequest(msgspec.Struct, kw_only=True):
+    """The body of `POST /v1/emails/`. `from_` is how the service's clients spell the sender."""
+
+    from_: Address
+    to: list[Address]
+    subject: str
+    html: str | None = None
+    text: str | None = None
+
+
+class Email(EmailRequest, kw_only=True):
+    """An email that was accepted."""
+
+    id: UUID
+    status: str
+    created_at: datetime
+
+
+# The newest emails of each account. Each worker process has its own: a real service would send
+# them and keep them in a database.
+sent: defaultdict[str, deque[Email]] = defaultdict(partial(deque, maxlen=20))
+
+
+class Emails(HTTPEndpoint):
+    """`/v1/emails/`: each method asks for the scope that it needs."""
+
+    @requires("send")
+    async def post(self, request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=EmailRequest)
+        except msgspec.DecodeError as error:
+            detail = [{"loc": ["body"], "msg": str(error), "type": "invalid"}]
+            return json_response(422, {"detail": detail})
+        email = Email(
+            **msgspec.structs.asdict(wanted),
+            id=uuid4(),
+            status="queued",
+            created_at=datetime.now(UTC),
+        )
+        # request.user is the VerifiedKey. Its account, and nothing in the body, says whose it is.
+        sent[request.user.account_id].appendleft(email)
+        return json_response(202, {"id": email.id, "status": email.status})
+
+    @requires("emails:read")
+    async def get(self, request: Request) -> Response:
+        return json_response(200, list(sent.get(request.user.account_id, ())))
+
+
+async def health(_request: Request) -> Response:
+    """Answer whoever watches over the service, without a key."""
+    return PlainTextResponse("ok\n")
+
+
+def json_response(status: int, content: object) -> Response:
+    """Return *content*, dates and UUIDs included, as JSON."""
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+app = Starlette(
+    routes=[
+        Route("/healthz", health),
+        Route("/v1/emails/", Emails),
+        # Serves /v1/api-keys/. It verifies its callers by itself, wherever it is mounted.
+        Mount("/", guard.management_app()),
+    ],
+    # Protects all that it stands in front of, paths that do not exist included, and opens the
+    # guard at start-up. CORS middleware, if you need it, goes before it in this list.
+    middleware=[Middleware(APIKeyMiddleware, guard=guard, exempt=("/healthz",))],
+)
+# The slash at the end belongs to the path: clients do not follow a redirected POST.
+app.router.redirect_slashes = False

@@ -1,0 +1,41 @@
+"""The command line: `tfm-guard`.
+
+Importing it costs click and nothing else; what a command needs is imported when it runs.
+"""
+
+import click
+
+from tfm_guard import __version__
+from tfm_guard.cli.accounts import accounts
+from tfm_guard.cli.database import db
+from tfm_guard.cli.demo import demo
+from tfm_guard.cli.failures import Program
+from tfm_guard.cli.keys import keys
+
+__all__ = ["main"]
+
+
+@click.group(
+    cls=Program,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Exit codes:
+  0  done
+  1  refused or failed; stderr says why
+  2  the command line could not be read
+  3  the database cannot be used now; try again
+""",
+)
+@click.version_option(__version__, package_name="tfm-guard")
+def main() -> None:
+    r"""Manage API keys in the database that TFM_GUARD_DATABASE_URL names.
+
+    \b
+    It is read from the environment alone, as it may hold a password:
+      sqlite:///FILE
+      postgresql://USER:PASSWORD@HOST/NAME
+    """
+
+
+for command in (accounts, db, demo, keys):
+    main.add_command(command)

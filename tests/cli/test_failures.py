@@ -1,0 +1,183 @@
+"""What the command line says when it cannot do what it is told, and with which exit code."""
+
+import socket
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.support.servers import free_port
+from tests.support.sql import execute
+from tfm_guard.cli import main
+
+CREATE = ("keys", "create", "--account", "acme", "--name", "CI")
+
+# Commands that use the database, each complete.
+COMMANDS = [CREATE, ("accounts", "set-plan", "acme", "pro"), ("db", "upgrade")]
+
+
+def run(url: str | None, *arguments: str, **variables: str) -> Result:
+    """Run the command with these variables and no other of the library's."""
+    result = CliRunner().invoke(main, arguments, env={"TFM_GUARD_DATABASE_URL": url, **variables})
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_without_a_database_it_says_how_to_name_one(command: tuple[str, ...]) -> None:
+    """A missing TFM_GUARD_DATABASE_URL ends every command with 1 and an example to copy."""
+    result = run(None, *command)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "tfm-guard: TFM_GUARD_DATABASE_URL is not set\n"
+        "tfm-guard: set it in the environment: "
+        "export TFM_GUARD_DATABASE_URL=sqlite:///tfm_guard.db\n"
+    )
+
+
+def test_all_faults_of_the_settings_are_told_at_once(sqlite_url: str) -> None:
+    """Each wrong variable has its line, and no value that could be secret is in it."""
+    result = run(
+        sqlite_url,
+        *CREATE,
+        TFM_GUARD_SECRETS="hunter2",
+        TFM_GUARD_PLANS='{"gold": 5}',
+        TFM_GUARD_DATABASE_POOL_SIZE="many",
+    )
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert sorted(line.split(":")[1].strip() for line in lines) == [
+        "TFM_GUARD_DATABASE_POOL_SIZE",
+        "TFM_GUARD_PLANS",
+        "TFM_GUARD_SECRETS",
+    ]
+    assert "hunter2" not in result.output
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hunter2",
+        "mysql://acme:hunter2@localhost/keys",
+        "postgresql://acme:hunter2@localhost:port/keys",
+        "postgresql://acme:hunter2@[::1/keys",
+        "sqlite://",
+    ],
+)
+def test_a_url_that_cannot_work_is_explained_without_showing_it(url: str) -> None:
+    """The fault names the variable and the forms it may have; the password stays out of it."""
+    result = run(url, *CREATE)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("tfm-guard: TFM_GUARD_DATABASE_URL")
+    assert "sqlite:///" in result.stderr
+    assert "hunter2" not in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_a_database_that_does_not_answer_is_told_apart(command: tuple[str, ...]) -> None:
+    """Exit code 3 means that trying again may help; the cause is named, the password is not."""
+    port = free_port()
+    result = run(f"postgresql://acme:hunter2@127.0.0.1:{port}/keys", *command)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "Connection refused" in result.stderr
+    assert "TFM_GUARD_DATABASE_URL" in result.stderr
+    assert "hunter2" not in result.stderr
+
+
+def test_a_file_that_cannot_be_opened_is_told(tmp_path: object) -> None:
+    """A SQLite file in a folder that does not exist ends with 3 and with what to look at."""
+    result = run(f"sqlite:///{tmp_path}/nowhere/keys.db", *CREATE)
+    assert result.exit_code == 3
+    assert "unable to open database file" in result.stderr
+    assert "that you may write to it" in result.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_tables_of_a_newer_release_are_left_alone(
+    database_url: str, command: tuple[str, ...]
+) -> None:
+    """A database that a later release has upgraded is refused with 1, and told so."""
+    run(database_url, "db", "upgrade")
+    execute(database_url, "UPDATE tfm_schema_version SET version_num = '9999'")
+    result = run(database_url, *command)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "revision 9999, newer than this release knows" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--scope", "send", "--scope", "sned"), "--scope number 2: Unknown scope. Known: send,"),
+        (("--name", " "), "--name: At least 1 character is needed"),
+        (("--name", "x" * 101), "--name: At most 100 characters are allowed"),
+        (("--account", ""), "account: At least 1 character is needed"),
+        (("--expires-at", "2020-01-01T00:00Z"), "--expires-at: The time must be in the future"),
+    ],
+)
+def test_a_value_that_is_not_acceptable_is_named(
+    sqlite_url: str, arguments: tuple[str, ...], expected: str
+) -> None:
+    """A refused value ends with 1 and names the option as it was typed, and nothing is created."""
+    result = run(sqlite_url, *CREATE, *arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"tfm-guard: {expected}")
+    assert execute(sqlite_url, "SELECT count(*) FROM tfm_keys") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("keys", "create", "--account", "acme"),
+        ("keys", "create", "--name", "CI"),
+        (*CREATE, "--expires-in", "90"),
+        (*CREATE, "--expires-in", "0d"),
+        (*CREATE, "--expires-in", "-1d"),
+        (*CREATE, "--expires-in", "9999999999w"),
+        (*CREATE, "--expires-in", "9999999w"),
+        (*CREATE, "--expires-at", "tomorrow"),
+        (*CREATE, "--expires-at", "2100-01-31"),
+        (*CREATE, "--expires-in", "1d", "--expires-at", "2100-01-31T12:00Z"),
+        (*CREATE, "--database", "sqlite:///keys.db"),
+        ("accounts", "set-plan", "acme"),
+        ("keys", "destroy"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_ends_with_2(
+    sqlite_url: str, arguments: tuple[str, ...]
+) -> None:
+    """A mistake in the arguments is told from a refusal, and happens before any database."""
+    result = run(sqlite_url, *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: " in result.stderr
+    with pytest.raises(Exception, match="no such table"):
+        execute(sqlite_url, "SELECT * FROM tfm_keys")
+
+
+def test_the_plan_limit_is_told(sqlite_url: str) -> None:
+    """At the limit no key is created, and the message has the plan, the limit and what to do."""
+    results = [run(sqlite_url, *CREATE) for _ in range(3)]
+    assert [result.exit_code for result in results] == [0, 0, 1]
+    assert results[2].stdout == ""
+    assert results[2].stderr == (
+        "tfm-guard: The plan 'free' allows 2 active API keys and 2 exist. "
+        "Delete one or choose a larger plan.\n"
+    )
+
+
+def test_an_unknown_plan_is_told_with_the_known_ones(sqlite_url: str) -> None:
+    """A misspelt plan ends with 1 and the list of plans."""
+    result = run(sqlite_url, "accounts", "set-plan", "acme", "por")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "tfm-guard: plan: Unknown plan 'por'. Known: free, starter, pro, business\n"
+    )
+
+
+def test_a_port_in_use_is_told() -> None:
+    """The demo on a port that somebody else has ends with 1 and asks for another."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run(None, "demo", "--once", "--port", str(port))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"tfm-guard: port {port} cannot be used: Address already in use; choose another: --port N\n"
+    )

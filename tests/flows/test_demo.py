@@ -1,0 +1,189 @@
+"""`tfm-guard demo`, as a newcomer runs it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+from tests.support.servers import ROOT
+from tests.support.sql import execute
+
+PROGRAM = str(Path(sys.executable).with_name("tfm-guard"))
+
+# Method, path, status and outcome of each line that shows a request.
+LINE = re.compile(r" (GET|POST|DELETE) (/\S+) +([0-9]{3}) +[0-9]+\.[0-9] ms   (.+)")
+
+LIFE = [
+    ("POST", "/v1/emails/", "401", 'Bearer realm="api"'),
+    ("POST", "/v1/api-keys/", "201", "key ########, may send"),
+    ("POST", "/v1/emails/", "202", "email queued"),
+    ("DELETE", "/v1/api-keys/#######…", "204", "refused from now on"),
+    ("POST", "/v1/emails/", "401", 'Bearer realm="api", error="invalid_token"'),
+]
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return variables in which *folder* is where temporary files go."""
+    return {"TMPDIR": str(folder), "PYTHONWARNINGS": "error", **variables}
+
+
+def run_demo(
+    folder: Path, *arguments: str, program: Sequence[str] = (PROGRAM, "demo"), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the demo with *folder* as its working folder and for its temporary files."""
+    return subprocess.run(
+        [*program, *arguments],
+        cwd=folder,
+        env=environment(folder, **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def life_in(output: str) -> list[tuple[str, ...]]:
+    """Return the requests shown in *output*; what differs from run to run is `#`."""
+    shown = re.sub(r"(?<=key )[0-9a-f]{8}|(?<=/)[0-9a-f]{7}(?=…)", _hidden, output)
+    return [match.groups() for match in LINE.finditer(shown)]
+
+
+def _hidden(match: re.Match[str]) -> str:
+    return "#" * len(match[0])
+
+
+def test_the_demo_shows_a_keys_life(tmp_path: Path) -> None:
+    """Refused, key created, accepted, deleted, refused: five real answers, exit code 0, no rest."""
+    done = run_demo(tmp_path, "--once")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert life_in(done.stdout) == LIFE
+    assert done.stdout.endswith("All five were answered as they must be.\n")
+    assert "\x1b" not in done.stdout
+    assert "tfm_k_" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_database_is_kept_in_a_given_folder(tmp_path: Path) -> None:
+    """--folder is made, holds the database afterwards, and serves any number of demos."""
+    folder = tmp_path / "kept" / "here"
+    codes = [run_demo(tmp_path, "--once", "--folder", str(folder)).returncode for _ in range(3)]
+    assert codes == [0, 0, 0]
+    assert execute(
+        f"sqlite:///{folder}/tfm_guard.db",
+        "SELECT count(*), count(revoked_at) FROM tfm_keys",
+    ) == [(6, 5)]
+
+
+def test_a_request_answered_otherwise_ends_the_demo_with_1(tmp_path: Path) -> None:
+    """Where settings leave no room for a second key, the demo says which request went wrong."""
+    done = run_demo(tmp_path, "--once", TFM_GUARD_PLANS='{"free": 1}')
+    assert done.returncode == 1
+    assert [line[2] for line in life_in(done.stdout)] == ["401", "403"]
+    assert done.stderr == (
+        "tfm-guard: A new key, with the managing key: expected 201, got 403 plan_limit_reached\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_a_newer_release_ends_the_demo_with_1(tmp_path: Path) -> None:
+    """Tables of a later release are refused before anything is served."""
+    assert run_demo(tmp_path, "--once", "--folder", ".").returncode == 0
+    url = f"sqlite:///{tmp_path}/tfm_guard.db"
+    execute(url, "UPDATE tfm_schema_version SET version_num = '9999'")
+    done = run_demo(tmp_path, "--once", "--folder", ".")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "revision 9999, newer than this release knows" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_demo_stays_up_until_it_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+    """It serves until Ctrl-C or SIGTERM, then exits 0; the curl that it prints makes a key."""
+    with subprocess.Popen(
+        [PROGRAM, "demo"],
+        cwd=tmp_path,
+        env=environment(tmp_path, PYTHONUNBUFFERED="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        shown = ""
+        while not shown.endswith('["send"]}\'\n\n'):
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
+        command = re.search(
+            r"curl (http://127\.0\.0\.1:[0-9]+/\S+) \\\n +-H '(.+): (.+)' \\\n"
+            r" +-H '(.+): (.+)' -d '(.+)'",
+            shown,
+        )
+        assert command is not None
+        url, *headers, body = command.groups()
+        request = urllib.request.Request(  # noqa: S310  # http, on loopback
+            url, body.encode(), dict(zip(headers[::2], headers[1::2], strict=True))
+        )
+        with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310  # as above
+            assert response.status == 201
+        process.send_signal(number)
+        rest, errors = process.communicate(timeout=30)
+    assert (process.returncode, rest, errors) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_colours_are_for_terminals(tmp_path: Path) -> None:
+    """On a terminal the statuses have colours."""
+    reader, terminal = os.openpty()
+    done = subprocess.run(
+        [PROGRAM, "demo", "--once"],
+        cwd=tmp_path,
+        env=environment(tmp_path, TERM="xterm"),
+        stdout=terminal,
+        check=False,
+    )
+    os.close(terminal)
+    shown = os.read(reader, 100_000).decode()
+    os.close(reader)
+    assert done.returncode == 0
+    assert len(re.findall("\x1b\\[32m(?:401|201|202|204)\x1b\\[0m", shown)) == 5
+
+
+def test_the_demo_comes_with_the_wheel(tmp_path: Path) -> None:
+    """Where only the wheel is installed, the demo serves the same example."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    unpacked = tmp_path / "unpacked"
+    with ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    example = unpacked / "tfm_guard" / "cli" / "mail_api.py"
+    assert example.read_bytes() == (ROOT / "examples" / "mail_api.py").read_bytes()
+    done = run_demo(
+        tmp_path,
+        "demo",
+        "--once",
+        program=[sys.executable, "-c", "from tfm_guard.cli import main; main()"],
+        PYTHONPATH=str(unpacked),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert life_in(done.stdout) == LIFE
+
+
+def test_without_a_server_library_it_says_what_to_install(tmp_path: Path) -> None:
+    """Where uvicorn is missing, the demo ends with 1 and names the extra that brings it."""
+    program = "import sys; sys.modules['uvicorn'] = None; from tfm_guard.cli import main; main()"
+    done = run_demo(tmp_path, "demo", "--once", program=[sys.executable, "-c", program])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "tfm-guard: the demo needs a server, uvicorn: pip install 'tfm-guard[server]'\n"
+    )

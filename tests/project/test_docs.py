@@ -1,0 +1,195 @@
+"""The documentation says what is so: its programs run, its tables match the code."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import pytest
+
+from tests.support.servers import ROOT
+from tfm_guard import errors
+from tfm_guard.cli import main
+from tfm_guard.errors import Refusal
+from tfm_guard.scopes import BUILT_IN_SCOPES
+from tfm_guard.settings import Settings
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Put after a program that defines an app: it must serve, and refuse who has no key.
+VISIT = """
+if "app" in globals():
+    from starlette.testclient import TestClient
+
+    with TestClient(app) as client:
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/").status_code == 401
+"""
+
+
+PROGRAM = re.compile(r"^```python complete\n(.+?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def programs() -> list[Any]:
+    """Return every program that is marked as complete, with where it stands as its id."""
+    return [
+        pytest.param(program, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, program in enumerate(PROGRAM.findall(page.read_text()))
+    ]
+
+
+def table(text: str, *columns: str) -> list[tuple[str, ...]]:
+    """Return the cells of the table in *text* that has these columns, without backquotes."""
+    _, _, rest = text.partition("| " + " | ".join(columns) + " |\n")
+    assert rest, columns
+    lines = rest.partition("\n\n")[0].splitlines()[1:]
+    return [tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in lines]
+
+
+def refusals() -> dict[str, tuple[int, str]]:
+    """Return status and code of each refusal of the library, by the name of its class."""
+    return {
+        name: (kind.status, kind.code)
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, Refusal) and kind is not Refusal
+    }
+
+
+def commands(command: click.Command, path: str) -> Iterator[str]:
+    """Yield each command below *command* that does something."""
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from commands(below, f"{path} {name}")
+    else:
+        yield path
+
+
+def test_there_are_complete_programs() -> None:
+    """The README has one program that mounts the guard and one that manages keys."""
+    assert [parameter.id for parameter in programs()] == ["README.md-0", "README.md-1"]
+
+
+@pytest.mark.parametrize("program", programs())
+def test_a_complete_program_runs(program: str, tmp_path: Path) -> None:
+    """It runs as it stands in an empty folder; the app that it defines, if any, refuses."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program + VISIT],
+        cwd=tmp_path,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "tfm_guard.db").exists()
+
+
+def test_the_settings_table_is_complete() -> None:
+    """Each setting has its row, with its default as one would write it into the variable."""
+    documented = {row[0]: row[1] for row in table(README, "variable", "default", "meaning")}
+    defaults = Settings(database_url="")
+    expected = {}
+    for field in msgspec.structs.fields(Settings):
+        value = getattr(defaults, field.name)
+        text = value if isinstance(value, str) else json.dumps(value) if value != () else "none"
+        expected[f"TFM_GUARD_{field.name.upper()}"] = "required" if field.required else text
+    assert documented == expected
+
+
+def test_the_errors_table_is_complete() -> None:
+    """The README has each status and code of errors.py once, and no other."""
+    rows = table(README, "status", "code", "when")
+    assert sorted((int(row[0]), row[1]) for row in rows) == sorted(refusals().values())
+
+
+def test_the_errors_page_names_each_class() -> None:
+    """docs/errors.md has each class with its status, its code, and a challenge if it sends one."""
+    text = (ROOT / "docs" / "errors.md").read_text()
+    rows = table(text, "class", "status", "code", "challenge", "to do")
+    assert {row[0]: (int(row[1]), row[2]) for row in rows} == refusals()
+    for name, _, _, challenge, _ in rows:
+        kind = getattr(errors, name)
+        assert bool(challenge) == kind.challenged
+        assert (f'error="{kind.bearer_error}"' in challenge) == (kind.bearer_error is not None)
+
+
+def test_every_scope_is_named() -> None:
+    """The README lists the built-in scopes, all of them."""
+    section = README.partition("### Scopes and plans")[2].partition("\n\nA plan")[0]
+    named = set(re.findall(r"`([a-z:-]+)`", section))
+    assert named == set(BUILT_IN_SCOPES)
+
+
+def test_every_command_is_named() -> None:
+    """The README and docs/command-line.md each have a row for every command."""
+    existing = set(commands(main, "tfm-guard"))
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert {row[0] for row in table(README, "command", "what")} == existing
+    rows = table(page, "command", "what it does")
+    assert {re.split(r" -| [A-Z]", row[0])[0] for row in rows} == existing
+    options = set(re.findall(r"--[a-z][a-z-]+", page))
+    params = [p for c in ("keys create", "demo", "accounts set-plan") for p in _options(c)]
+    assert options == set(params)
+
+
+def _options(path: str) -> list[str]:
+    command: click.Command = main
+    for name in path.split():
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    return [name for param in command.params for name in param.opts if name.startswith("--")]
+
+
+def test_the_exit_codes_are_those_of_the_help() -> None:
+    """docs/command-line.md and `tfm-guard --help` list the same exit codes."""
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    assert main.epilog is not None
+    assert [row[0] for row in table(page, "code", "meaning")] == re.findall(
+        r"^  ([0-9])  ", main.epilog, re.MULTILINE
+    )
+
+
+def test_every_make_target_exists() -> None:
+    """What the README tells to run with make, the Makefile has."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    told = set(re.findall(r"(?:^\$|^ {3}) make ([a-z-]+)", README, re.MULTILINE))
+    assert told == {"demo", "test"}
+    assert told <= targets
+
+
+def test_the_transcript_is_what_the_demo_prints(tmp_path: Path) -> None:
+    """The README's first screen is the demo's output but for numbers that differ each time."""
+    _, _, rest = README.partition("```console\n$ make demo\n")
+    done = subprocess.run(
+        [Path(sys.executable).with_name("tfm-guard"), "demo", "--once"],
+        env={},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert _without_numbers(done.stdout) == _without_numbers(rest.partition("```")[0])
+
+
+def _without_numbers(shown: str) -> str:
+    changing = (r"(?<=127\.0\.0\.1:)\d+", r"(?<=in )/\S+", r" +[0-9.]+(?= ms)")
+    ids = (r"(?<=key )[0-9a-f]{8}", r"(?<=/)[0-9a-f]{7}(?=…)")
+    return re.sub("|".join([*changing, *ids]), "#", shown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    """A link to a file of this repository, and to a heading in it, leads to one that exists."""
+    for link in re.findall(r"\]\((?!https:)([^)]+)\)", page.read_text()):
+        path, _, heading = link.partition("#")
+        target = page.parent / path
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+        assert not heading or heading in [h.lower().replace(" ", "-") for h in headings], link
