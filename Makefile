@@ -7,7 +7,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock test-floors clean
+.PHONY: help demo test check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -19,10 +19,14 @@ demo: .venv/.ready ## Serve the example on this machine (ARGS="--port 9000").
 test: .venv/.ready ## Run the whole test suite (ARGS="-k revoke").
 	@.venv/bin/python -m pytest $(ARGS)
 
-check: .venv/.ready ## Lint, check the formatting and the types.
+check: .venv/.ready ## Lint; check the formatting, the types and the floors (who imports whom).
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
+	@.venv/bin/python -m pytest -q tests/project/test_floors.py
+
+bench: .venv/.ready ## Measure what the middleware adds to a request (ARGS=--json).
+	@.venv/bin/python benchmarks/warm_path.py $(ARGS)
 
 lock: build/uv/.ready ## Resolve both lock files anew: newest versions, oldest allowed ones.
 	@$(COMPILE) --upgrade -o requirements/dev.lock
@@ -33,7 +37,7 @@ test-floors: .venv-floors/.ready ## Run the suite on the oldest versions that py
 
 clean: ## Remove what the other targets made, except the lock files.
 	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find src tests examples -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # One recipe for both environments: .venv from dev.lock, .venv-floors from floors.lock.
 .venv/.ready: requirements/dev.lock

@@ -1,19 +1,23 @@
 """A small mail API behind API keys: the file to copy from.
 
-    TFM_GUARD_DATABASE_URL=sqlite:///keys.db uvicorn examples.mail_api:app
+    TFM_GUARD_DATABASE_URL=sqlite:///tfm_guard.db uvicorn examples.mail_api:app
 
-Make the first key with `tfm-guard keys create`, further ones with `POST /v1/api-keys/`.
+With TFM_GUARD_REDIS_URL, its processes share what they have read. Make the first key with
+`tfm-guard keys create`, further ones with `POST /v1/api-keys/`.
 """
 
 import os
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
+from http import HTTPStatus
 from uuid import UUID, uuid4
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -22,7 +26,10 @@ from starlette.routing import Mount, Route
 from tfm_guard import APIKeyMiddleware, Guard, requires
 
 # Other settings come from their own TFM_GUARD_* variables.
-guard = Guard.from_urls(database=os.environ.get("TFM_GUARD_DATABASE_URL", "sqlite:///tfm_guard.db"))
+guard = Guard.from_urls(
+    database=os.environ.get("TFM_GUARD_DATABASE_URL", "sqlite:///tfm_guard.db"),
+    redis=os.environ.get("TFM_GUARD_REDIS_URL"),
+)
 
 
 class Address(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -85,21 +92,33 @@ async def health(_request: Request) -> Response:
     return PlainTextResponse("ok\n")
 
 
-def json_response(status: int, content: object) -> Response:
+async def refuse(_request: Request, error: Exception) -> Response:
+    """Answer a method that a path does not have in the form of all other errors."""
+    if not isinstance(error, HTTPException):  # it is registered for nothing else
+        raise error
+    detail = {"code": HTTPStatus(error.status_code).name.lower(), "message": error.detail}
+    return json_response(error.status_code, {"detail": detail}, error.headers)
+
+
+def json_response(
+    status: int, content: object, headers: Mapping[str, str] | None = None
+) -> Response:
     """Return *content*, dates and UUIDs included, as JSON."""
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
 app = Starlette(
     routes=[
         Route("/healthz", health),
         Route("/v1/emails/", Emails),
-        # Serves /v1/api-keys/. It verifies its callers by itself, wherever it is mounted.
+        # Serves /v1/api-keys/. It verifies its callers by itself, wherever it is mounted. It takes
+        # all that is left and answers 404 to what it does not know, so it comes last.
         Mount("/", guard.management_app()),
     ],
     # Protects all that it stands in front of, paths that do not exist included, and opens the
     # guard at start-up. CORS middleware, if you need it, goes before it in this list.
     middleware=[Middleware(APIKeyMiddleware, guard=guard, exempt=("/healthz",))],
+    exception_handlers={HTTPException: refuse},
 )
 # The slash at the end belongs to the path: clients do not follow a redirected POST.
 app.router.redirect_slashes = False

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.postgres import PostgresServer
+from tests.support.redis import RedisServer
 
 _numbers = itertools.count(1)
 
@@ -26,6 +27,26 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     yield postgres_server.create_database(name)
     postgres_server.start()
     postgres_server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def redis_server_of_session() -> Iterator[RedisServer]:
+    """Run one Redis server for the whole session."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_server(redis_server_of_session: RedisServer) -> Iterator[RedisServer]:
+    """Give one test an empty Redis server, with the settings that it came with.
+
+    The test may stop it or freeze it; one that changes its configuration restarts it.
+    """
+    redis_server_of_session.start()
+    with redis_server_of_session.client() as client:
+        client.flushall()
+    yield redis_server_of_session
+    redis_server_of_session.start()
 
 
 @pytest.fixture

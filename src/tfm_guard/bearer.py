@@ -10,9 +10,13 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Final
 
+# As a server puts them into an ASGI scope: names in lower case.
+Headers = Iterable[tuple[bytes, bytes]]
+
 # The longest real credentials (Kerberos tickets) stay below this; nothing longer is looked at.
 MAX_HEADER_BYTES: Final = 65_536
 
+_SCHEME: Final = b"bearer"
 _B64TOKEN: Final = (string.ascii_letters + string.digits + "-._~+/=").encode()
 _SEPARATORS: Final = b" \t,"
 
@@ -25,23 +29,29 @@ class Unreadable(Enum):
     MALFORMED = "malformed"  # more than one header or token, or none after the scheme
 
 
-def read_token(headers: Iterable[tuple[bytes, bytes]]) -> bytes | Unreadable:
+def read_token(headers: Headers) -> bytes | Unreadable:
     """Return the token that *headers* carry, or why there is none. Never raises."""
-    value = b""
-    found = 0
+    value = None
     for name, content in headers:
         if name == b"authorization":
+            if value is not None:
+                return Unreadable.MALFORMED
             value = content
-            found += 1
-    if found > 1 or len(value) > MAX_HEADER_BYTES:
+    if value is None:
+        return Unreadable.MISSING
+    if len(value) > MAX_HEADER_BYTES:
         return Unreadable.MALFORMED
-    value = value.strip(b" \t")
+    return _read_value(value.strip(b" \t"))
+
+
+def _read_value(value: bytes) -> bytes | Unreadable:
     if not value:
         return Unreadable.MISSING
-    if value[:6].lower() != b"bearer" or value[6:7] not in b" \t":
+    scheme, after = value[: len(_SCHEME)], value[len(_SCHEME) :]
+    if scheme.lower() != _SCHEME or after[:1] not in b" \t":
         return Unreadable.UNSUPPORTED
     # A tab after the scheme is left standing by this lstrip and so falls to the check below.
-    token = value[6:].lstrip(b" ")
+    token = after.lstrip(b" ")
     if not token or _is_several_tokens(token):
         return Unreadable.MALFORMED
     return token
@@ -53,6 +63,11 @@ def _is_several_tokens(token: bytes) -> bool:
     return any(blank in token for blank in _SEPARATORS) and not token.translate(
         None, _B64TOKEN + _SEPARATORS
     )
+
+
+def as_headers(token: bytes) -> Headers:
+    """Return the headers of a request that carries *token*."""
+    return ((b"authorization", b"Bearer " + token),)
 
 
 def challenge(realm: str, error: str | None = None, scope: str | None = None) -> bytes:

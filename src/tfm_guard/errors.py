@@ -122,7 +122,8 @@ class PlanLimitReached(Refusal):
         self.limit = limit
         self.current = current
         super().__init__(
-            f"The plan {plan!r} allows {limit} active API keys and {current} exist. "
+            f"The plan {plan!r} allows {limit} active API key{'' if limit == 1 else 's'}; "
+            f"this account has {current}. "
             "Delete one or choose a larger plan."
         )
 

@@ -2,23 +2,31 @@
 
 import asyncio
 import logging
+import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from tfm_guard.accounts import AccountManager
+from tfm_guard.bearer import Headers, as_headers
 from tfm_guard.clock import Clock, SystemClock
+from tfm_guard.confirmation import Confirmation
+from tfm_guard.counters import Counters
 from tfm_guard.errors import GuardError, InvalidToken, Unavailable
+from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing, HashingProfile
 from tfm_guard.keys import KeyManager
+from tfm_guard.local_cache import LocalCache, NegativeCache
+from tfm_guard.reader import KeyReader
 from tfm_guard.records import VerifiedKey
 from tfm_guard.scopes import ScopeRegistry
 from tfm_guard.settings import Settings
+from tfm_guard.shared_cache import SharedCache
 from tfm_guard.store import Store
-from tfm_guard.token import DigestKeys, Tagger
+from tfm_guard.token import DigestKeys, Tagger, derive
 from tfm_guard.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -28,16 +36,16 @@ _log: Final = logging.getLogger(__name__)
 
 # How long a request waits for the guard to open, should it be the first to need it.
 _OPENING_SECONDS: Final = 5.0
+_LOG_INTERVAL_SECONDS: Final = 10.0
 
 
 class _Parts(NamedTuple):
     """What exists while a guard is open."""
 
-    store: Store
-    hashing: Hashing
     verifier: Verifier
     keys: KeyManager
     accounts: AccountManager
+    ending: AsyncExitStack
 
 
 class Guard:
@@ -61,20 +69,28 @@ class Guard:
         self._random = random
         self._store = self._new_store()  # made here, so that a faulty URL is told at once
         self._parts: _Parts | None = None
+        # The key that a request's headers prove if memory knows it, else none. It is the verifier's
+        # own while the guard is open: the warm path has no room for a detour.
+        self.recall: Callable[[Headers], VerifiedKey | None] = _recall_nothing
+        self.counters = Counters()
         self._opened = 0
+        self._closed = False
         self._opening: asyncio.Task[_Parts] | None = None
-        self._failures = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._abandoned: list[Store] = []
+        self._outages = Outages(self._clock)
         start_anew = weakref.WeakMethod(self._start_anew)
         os.register_at_fork(after_in_child=lambda: _call(start_anew))
 
     @classmethod
-    def from_urls(cls, *, database: str, **settings: Any) -> Self:
+    def from_urls(cls, *, database: str, redis: str | None = None, **settings: Any) -> Self:
         """Return a guard on *database*: `sqlite:///FILE` or `postgresql://…`.
 
+        *redis*, `redis://…` or `rediss://…`, is a cache that its processes share.
         *settings* are those of `tfm_guard.settings.Settings`; what is not given is taken from its
         TFM_GUARD_* variable, else its default. Raises `ConfigurationError` with every fault.
         """
-        return cls(Settings.load(os.environ, database_url=database, **settings))
+        return cls(Settings.load(os.environ, database_url=database, redis_url=redis, **settings))
 
     @classmethod
     def from_environment(cls, **settings: Any) -> Self:
@@ -105,19 +121,20 @@ class Guard:
         except UnicodeEncodeError:
             raise InvalidToken("not of the form of a key") from None
         try:
-            parts = self._parts or await self._open_for_request()
-            key = await parts.verifier.verify(raw)
+            verifier = (await self._open_for_request()).verifier
+            key = verifier.recall(as_headers(raw)) or await verifier.look_up(raw)
         except InvalidToken:
-            raise  # often without the database, and so no sign that it is back
-        except Unavailable as error:
-            self._note_failure(error.reason)
             raise
+        except Unavailable as error:
+            self._outages.note(error.reason)
+            raise
+        except GuardError as error:
+            self._outages.note(str(error))
+            raise Unavailable("the guard cannot be opened") from error
         except Exception as error:
-            # A fault of ours, or a database that cannot be used. Either way nothing is known.
-            self._note_failure(f"{type(error).__name__}: {error}")
-            _log.debug("verifying failed", exc_info=True)
+            # A fault of ours. Nothing is known about the token, so nothing is said about it.
+            self._outages.note(type(error).__name__, fault=error)
             raise Unavailable("internal error") from error
-        self._note_success()
         return key
 
     async def open(self) -> None:
@@ -126,6 +143,7 @@ class Guard:
         Raises `SchemaError` if the database is of another release, `Unavailable` if it cannot be
         reached.
         """
+        self._closed = False
         try:
             await self._open_parts()
         except BaseException:
@@ -135,12 +153,21 @@ class Guard:
         self._opened += 1
 
     async def close(self) -> None:
-        """Undo one `open`; with the last, end what is under way and close the connections."""
+        """Undo one `open`; with the last, end what is under way and close the connections.
+
+        From then on tokens get `Unavailable`, until it is opened again.
+        """
         self._opened = max(self._opened - 1, 0)
-        if self._opened > 0 or self._parts is None:
+        if self._opened:
+            return
+        self._closed = True
+        if self._opening is not None:
+            await asyncio.wait({self._opening})
+        if self._parts is None:
             return
         parts, self._parts = self._parts, None
-        parts.hashing.close()
+        self.recall = _recall_nothing
+        await parts.ending.aclose()
         await self._store.close()
 
     async def __aenter__(self) -> Self:
@@ -177,6 +204,10 @@ class Guard:
         return ManagementApp(self)
 
     async def _open_for_request(self) -> _Parts:
+        if self._parts is not None and self._loop is asyncio.get_running_loop():
+            return self._parts
+        if self._closed:
+            raise Unavailable("the guard is closed")
         try:
             async with asyncio.timeout(_OPENING_SECONDS):
                 return await self._open_parts()
@@ -184,6 +215,7 @@ class Guard:
             raise Unavailable("the guard is still being opened") from None
 
     async def _open_parts(self) -> _Parts:
+        self._enter_loop()
         if self._parts is not None:
             return self._parts
         if self._opening is None:
@@ -196,43 +228,97 @@ class Guard:
         self._opening = None
         if not opening.cancelled() and opening.exception() is None:
             self._parts = opening.result()
+            self.recall = self._parts.verifier.recall
+
+    def _enter_loop(self) -> None:
+        """Leave behind what belongs to an event loop that has ended."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._loop is not None and not self._loop.is_closed():
+            raise GuardError("A guard serves one event loop; make one guard for each")
+        self._start_anew()
+        self._loop = loop
 
     async def _build(self) -> _Parts:
-        installation = await self._store.open()
-        settings = self.settings
-        secrets = [secret.encode() for secret in settings.secrets] or [installation.root_secret]
-        digest_keys = DigestKeys.from_secrets(secrets)
-        tagger = Tagger(installation.tag_key)
-        hashing = Hashing(
-            HashingProfile(
-                settings.argon2_time_cost,
-                settings.argon2_memory_kib,
-                settings.argon2_parallelism,
+        settings, store, clock, counters = self.settings, self._store, self._clock, self.counters
+        async with AsyncExitStack() as ending:
+            installation = await store.open()
+            # The database's own secret stays the last one believed, so that moving on to others
+            # makes no key slower.
+            secrets = [*(secret.encode() for secret in settings.secrets), installation.root_secret]
+            digest_keys = DigestKeys.from_secrets(secrets)
+            tagger = Tagger(installation.tag_key)
+            hashing = Hashing(
+                HashingProfile(
+                    settings.argon2_time_cost,
+                    settings.argon2_memory_kib,
+                    settings.argon2_parallelism,
+                ),
+                counters,
             )
-        )
-        return _Parts(
-            store=self._store,
-            hashing=hashing,
-            verifier=Verifier(
-                store=self._store,
+            ending.callback(hashing.close)
+            shared = None
+            if settings.redis_url is not None:
+                shared = SharedCache(
+                    settings.redis_url,
+                    installation=installation.id,
+                    seal_key=derive(secrets[0], b"seal"),
+                    clock=clock,
+                    counters=counters,
+                )
+                ending.push_async_callback(shared.close)
+                await shared.open()
+            freshness = Freshness(
+                store=store,
+                clock=clock,
+                lease=installation.lease,
+                poll_interval=installation.poll_interval,
+                random=self._random,
+                counters=counters,
+            )
+            local = LocalCache(settings.local_cache_size)
+            verifier = Verifier(
+                local=local,
+                negative=NegativeCache(settings.local_cache_size),
+                reader=KeyReader(
+                    store=store,
+                    shared=shared,
+                    local=local,
+                    freshness=freshness,
+                    digest_key_id=digest_keys.current.id,
+                    realm=settings.realm,
+                    clock=clock,
+                    counters=counters,
+                ),
+                freshness=freshness,
+                store=store,
                 hashing=hashing,
                 tagger=tagger,
                 digest_keys=digest_keys,
-                realm=settings.realm,
                 accept_untagged=settings.accept_untagged_tokens,
-            ),
-            keys=KeyManager(
-                store=self._store,
+                clock=clock,
+                counters=counters,
+            )
+            ending.push_async_callback(verifier.close)
+            store.on_commit(freshness.apply)
+            ending.push_async_callback(freshness.stop)
+            await freshness.start()
+            keys = KeyManager(
+                store=store,
+                confirmation=Confirmation(
+                    store=store, freshness=freshness, clock=clock, lease=installation.lease
+                ),
                 hashing=hashing,
                 tagger=tagger,
                 digest_key=digest_keys.current,
                 scopes=self.scopes,
                 plans=settings.plans,
-                clock=self._clock,
+                clock=clock,
                 random=self._random,
-            ),
-            accounts=AccountManager(store=self._store, plans=settings.plans),
-        )
+            )
+            accounts = AccountManager(store=store, plans=settings.plans)
+            return _Parts(verifier, keys, accounts, ending.pop_all())
 
     def _new_store(self) -> Store:
         return Store(
@@ -246,23 +332,47 @@ class Guard:
             raise GuardError("The guard is not open. Use it inside: async with guard: ...")
         return self._parts
 
-    def _note_failure(self, reason: str) -> None:
-        # Once per outage, not once per request: a log that repeats itself hides what else it says.
-        if not self._failures:
-            _log.error("keys cannot be verified now: %s", reason)
-        self._failures += 1
-
-    def _note_success(self) -> None:
-        if self._failures:
-            _log.warning("keys can be verified again, after %d failures", self._failures)
-            self._failures = 0
-
     def _start_anew(self) -> None:
-        """Leave to the parent process, after a fork, its connections and threads."""
+        """Leave connections, threads and place to the process, or the event loop, they are of."""
+        if self._parts is not None:
+            # Kept, not collected: closing it here would end connections that are another's.
+            self._abandoned.append(self._store)
         self._parts = None
+        self.recall = _recall_nothing
         self._opened = 0
         self._opening = None
+        self._loop = None
         self._store = self._new_store()
+
+
+class Outages:
+    """Says that keys cannot be verified: at once, and then at intervals for as long as it lasts.
+
+    A log line for each request would hide what else the log says.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._count = 0
+        self._quiet_until = -math.inf
+
+    def note(self, reason: str, *, fault: Exception | None = None) -> None:
+        """Note a token that could not be verified, for *reason*; show where a *fault* arose."""
+        self._count += 1
+        now = self._clock.monotonic()
+        if now >= self._quiet_until:
+            _log.error(
+                "%d tokens could not be verified, the last: %s",
+                self._count,
+                reason,
+                exc_info=fault,
+            )
+            self._count = 0
+            self._quiet_until = now + _LOG_INTERVAL_SECONDS
+
+
+def _recall_nothing(_headers: Headers) -> None:
+    return None
 
 
 def _call(method: "weakref.WeakMethod[Callable[[], None]]") -> None:

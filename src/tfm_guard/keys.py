@@ -8,11 +8,19 @@ from uuid import UUID
 
 from tfm_guard.accounts import check_account_id
 from tfm_guard.clock import Clock
-from tfm_guard.errors import InvalidInput, KeyNotFound, PlanLimitReached, Unavailable
+from tfm_guard.confirmation import Confirmation
+from tfm_guard.errors import (
+    InsufficientScope,
+    InvalidInput,
+    InvalidToken,
+    KeyNotFound,
+    PlanLimitReached,
+    Unavailable,
+)
 from tfm_guard.hashing import Hashing
-from tfm_guard.records import ApiKey, CreatedKey, Revocation
+from tfm_guard.records import ApiKey, Change, CreatedKey, Revocation, VerifiedKey
 from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
-from tfm_guard.store import PrefixTaken, Store, Transaction
+from tfm_guard.store import Account, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
 from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
 
@@ -29,6 +37,7 @@ class KeyManager:
         self,
         *,
         store: Store,
+        confirmation: Confirmation,
         hashing: Hashing,
         tagger: Tagger,
         digest_key: DigestKey,
@@ -38,6 +47,7 @@ class KeyManager:
         random: Callable[[int], bytes],
     ) -> None:
         self._store = store
+        self._confirmation = confirmation
         self._hashing = hashing
         self._tagger = tagger
         self._digest_key = digest_key
@@ -54,17 +64,26 @@ class KeyManager:
         scopes: Iterable[str] = DEFAULT_SCOPES,
         expires_at: datetime | None = None,
         actor: str = "application",
+        caller: VerifiedKey | None = None,
     ) -> CreatedKey:
         """Create a key for *account_id* and return it with its token, which is shown this once.
 
         *name* has 1 to 100 characters after trimming; *scopes* are registered ones; *expires_at*
-        has a zone and lies in the future; *actor* is whom the audit log names. Raises
-        `InvalidInput`, `PlanLimitReached`, or `Unavailable`, and then no key was created (unless
-        the connection broke in the middle of COMMIT, which nobody can tell from here).
+        has a zone and lies in the future; *actor* is whom the audit log names. With *caller*, the
+        key is made on behalf of that key, which must still be active at that moment, and may not
+        have fewer scopes.
+
+        Raises `InvalidInput`, `PlanLimitReached`, `InsufficientScope`, `InvalidToken`, or
+        `Unavailable`, and then no key was created (unless the connection broke in the middle of
+        COMMIT, which nobody can tell from here).
         """
         check_account_id(account_id)
+        if caller is not None:
+            actor = actor_of(caller)
         name = plain_text(name, field="name", most=MAXIMUM_NAME_LENGTH)
         granted = self._scopes.grant(scopes)
+        if caller is not None:
+            _check_grant(granted, caller.scopes)
         if expires_at is not None:
             expires_at = self._future_in_utc(expires_at)
         for _ in range(_MINTING_ATTEMPTS):
@@ -74,7 +93,11 @@ class KeyManager:
             async def insert(
                 transaction: Transaction, token: bytes = token, secret_hash: str = secret_hash
             ) -> ApiKey:
-                await self._check_limit(transaction, account_id)
+                account = await transaction.lock_account(account_id)
+                if caller is not None:
+                    held = await transaction.active_scopes(account_id, caller.key_id)
+                    _check_grant(granted, held)
+                await self._check_limit(transaction, account)
                 key = ApiKey(
                     id=UUID(bytes=self._random(16), version=4),
                     key_prefix=prefix_of(token),
@@ -104,7 +127,7 @@ class KeyManager:
                 return key
 
             with contextlib.suppress(PrefixTaken):
-                key = await self._store.transact(insert)
+                key, _ = await self._store.transact(insert)
                 return CreatedKey(token=token.decode("ascii"), key=key)
         raise Unavailable(f"{_MINTING_ATTEMPTS} minted prefixes in a row were taken")
 
@@ -115,35 +138,43 @@ class KeyManager:
     async def revoke(
         self, account_id: str, key_id: UUID, *, actor: str = "application"
     ) -> Revocation:
-        """Revoke the key *key_id* of *account_id* for good; return once it is refused everywhere.
+        """Revoke the key *key_id* of *account_id* for good; return when it is refused everywhere.
 
-        Raises `KeyNotFound` where the account has no such key or it was revoked before, and
-        `Unavailable`.
+        While other processes use the key this takes a fraction of a second, and at most 1.5 times
+        the lease. When it is cancelled meanwhile the key is revoked all the same; revoking it again
+        joins the wait. Raises `KeyNotFound` where the account has no such key or its revocation was
+        confirmed before, and `Unavailable`.
         """
-        started = self._clock.monotonic()
 
-        async def change(transaction: Transaction) -> None:
+        async def revoke(transaction: Transaction) -> Change | None:
             await transaction.lock_account(account_id)
-            name = await transaction.revoke_key(account_id, key_id)
-            if name is None:
+            row = await transaction.find_key(account_id, key_id)
+            if row is None or row.confirmed_at is not None:
                 raise KeyNotFound
+            if row.revoked_at is not None:
+                # Revoked earlier, here or elsewhere, and not yet confirmed. Whoever has seen the
+                # feed up to its head has seen that.
+                return Change(await transaction.head(), "revoked", row.prefix, row.version)
+            await transaction.revoke_key(key_id, row.prefix, row.version + 1)
             await transaction.audit(
                 account_id=account_id,
                 actor=actor,
                 action="api_key.revoked",
                 key_id=key_id,
-                key_name=name,
-                meta={},
+                key_name=row.name,
+                meta={"key_prefix": row.prefix},
             )
+            return None
 
-        await self._store.transact(change)
-        # No process remembers keys: each asks the database, which has just been told.
-        return Revocation(how="acknowledged", workers=0, seconds=self._clock.monotonic() - started)
+        earlier, changes = await self._store.transact(revoke)
+        revocation = await self._confirmation.wait(earlier or changes[-1])
+        with contextlib.suppress(Unavailable):  # then revoking again confirms it again
+            await self._store.confirm_revocation(key_id)
+        return revocation
 
-    async def _check_limit(self, transaction: Transaction, account_id: str) -> None:
-        account = await transaction.lock_account(account_id)
-        current = await transaction.count_active_keys(account_id)
-        # A plan that was taken out of the settings grants no more than the smallest.
+    async def _check_limit(self, transaction: Transaction, account: Account) -> None:
+        current = await transaction.count_active_keys(account.id)
+        # A plan that was taken out of the settings grants what an unknown account has.
         limit = self._plans.get(account.plan, self._plans["free"])
         if current >= limit:
             raise PlanLimitReached(plan=account.plan, limit=limit, current=current)
@@ -162,3 +193,20 @@ class KeyManager:
         if expires_at <= self._clock.now():
             raise InvalidInput(("expires_at",), "datetime_future", "The time must be in the future")
         return expires_at
+
+
+def actor_of(caller: VerifiedKey) -> str:
+    """Return how the audit log names a key that acts."""
+    return f"api_key:{caller.key_id}"
+
+
+def _check_grant(granted: frozenset[str], held: frozenset[str] | None) -> None:
+    """Refuse to grant what the caller does not hold, or holds no more.
+
+    Asked again under the account's lock, which puts it in order with revoking the caller: that
+    must also end what the caller had begun, or it could leave itself a successor.
+    """
+    if held is None:
+        raise InvalidToken("revoked or expired before the change was made")
+    if missing := granted - held:
+        raise InsufficientScope(missing)

@@ -1,7 +1,8 @@
 """The values that pass between the parts. All are immutable."""
 
-from datetime import datetime
-from typing import Any, Literal, NamedTuple
+import struct
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, NamedTuple, Self
 from uuid import UUID
 
 from msgspec import Struct
@@ -34,12 +35,16 @@ class CreatedKey(Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"CreatedKey(token=<hidden>, key={self.key!r})"
 
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("key", self.key)]
+
 
 class Revocation(Struct, frozen=True, kw_only=True):
     """How it was made sure that a key is refused everywhere.
 
-    *how* is "acknowledged" when every process that caches has confirmed it; *workers* counts
-    those processes; *seconds* is how long it took.
+    *how* is "acknowledged" when every registered process has applied it, "lease" when some did not
+    say so and their trust in what they remember has ended; *workers* counts the registered
+    processes; *seconds* is how long it took.
     """
 
     how: Literal["acknowledged", "lease"]
@@ -51,14 +56,17 @@ class KeyCredentials(AuthCredentials):
     """What a verified key may do: its *scopes*, a sorted tuple, within *realm*. Immutable."""
 
     scopes: tuple[str, ...]  # type: ignore[assignment]  # starlette has a list, which could change
+    granted: frozenset[str]
     realm: str
 
     def __init__(self, scopes: frozenset[str], realm: str) -> None:
-        self.__dict__["scopes"] = tuple(sorted(scopes))
-        self.__dict__["realm"] = realm
+        self.__dict__.update(scopes=tuple(sorted(scopes)), granted=scopes, realm=realm)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"credentials are shared between requests and cannot change {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"credentials are shared between requests and cannot lose {name!r}")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KeyCredentials) and vars(self) == vars(other)
@@ -70,20 +78,69 @@ class KeyCredentials(AuthCredentials):
         return f"KeyCredentials({' '.join(self.scopes)!r}, realm={self.realm!r})"
 
 
-class VerifiedKey(Struct, frozen=True, kw_only=True, gc=False):
+# digest, key id, prefix, microseconds from 1970 to its expiry or _NEVER, bytes of account id
+_RECORD: Final = struct.Struct(">16s16s8sqH")
+_NEVER: Final = -(2**63)  # long before all calendars
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class VerifiedKey(Struct, frozen=True, gc=False):
     """The caller that a token proved to be; a protected app finds it in `scope["user"]`.
 
     It also has what Starlette expects of a user: `is_authenticated`, `display_name`, `identity`.
+
+    Processes remember a great many of these, so all there is to say is packed into *record*, and
+    unpacked by who asks.
     """
 
-    key_id: UUID
-    key_prefix: str
-    account_id: str
-    name: str
-    scopes: frozenset[str]
-    expires_at: datetime | None
-    # The same grants as Starlette wants them, in `scope["auth"]`: made once for all requests.
+    record: bytes
+    # The grants as Starlette wants them, in `scope["auth"]`: one object for all keys with the same.
     credentials: KeyCredentials
+
+    @classmethod
+    def pack(
+        cls,
+        *,
+        digest: bytes,
+        key_id: UUID,
+        key_prefix: str,
+        account_id: str,
+        name: str,
+        expires_at: datetime | None,
+        credentials: KeyCredentials,
+    ) -> Self:
+        """Return the key made of these, with the *digest* of its token."""
+        account = account_id.encode()
+        expiry = _NEVER if expires_at is None else (expires_at - _EPOCH) // _MICROSECOND
+        head = _RECORD.pack(digest, key_id.bytes, key_prefix.encode(), expiry, len(account))
+        return cls(head + account + name.encode(), credentials)
+
+    @property
+    def key_id(self) -> UUID:
+        return UUID(bytes=_RECORD.unpack_from(self.record)[1])
+
+    @property
+    def key_prefix(self) -> str:
+        prefix: bytes = _RECORD.unpack_from(self.record)[2]
+        return prefix.decode()
+
+    @property
+    def account_id(self) -> str:
+        return self.record[_RECORD.size : self._account_end].decode()
+
+    @property
+    def name(self) -> str:
+        return self.record[self._account_end :].decode()
+
+    @property
+    def scopes(self) -> frozenset[str]:
+        return self.credentials.granted
+
+    @property
+    def expires_at(self) -> datetime | None:
+        expiry: int = _RECORD.unpack_from(self.record)[3]
+        return None if expiry == _NEVER else _EPOCH + expiry * _MICROSECOND
 
     @property
     def is_authenticated(self) -> bool:
@@ -96,6 +153,46 @@ class VerifiedKey(Struct, frozen=True, kw_only=True, gc=False):
     @property
     def identity(self) -> str:
         return str(self.key_id)
+
+    @property
+    def _account_end(self) -> int:
+        length: int = _RECORD.unpack_from(self.record)[4]
+        return _RECORD.size + length
+
+    def __repr__(self) -> str:
+        return (
+            f"VerifiedKey(key_prefix={self.key_prefix!r}, account_id={self.account_id!r}, "
+            f"scopes={' '.join(self.credentials.scopes)!r})"
+        )
+
+
+class CacheEntry(Struct, frozen=True, array_like=True):
+    """A key as the shared cache keeps it. Times are seconds of the database's clock since 1970."""
+
+    sealed_at: float  # before the read that it comes from was sent
+    version: int
+    revoked: bool
+    digest: bytes
+    key_id: UUID
+    account_id: str
+    name: str
+    scopes: tuple[str, ...]
+    expires_at: datetime | None
+
+    def __repr__(self) -> str:
+        return (
+            f"CacheEntry(key_id={str(self.key_id)!r}, version={self.version}, "
+            f"revoked={self.revoked}, sealed_at={self.sealed_at:.3f})"
+        )
+
+
+class Change(NamedTuple):
+    """A row of the feed: *version* of the key with *prefix* came to be."""
+
+    id: int
+    kind: ChangeKind
+    prefix: str
+    version: int
 
 
 class StoredKey(NamedTuple):

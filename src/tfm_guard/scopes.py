@@ -10,6 +10,13 @@ from tfm_guard.errors import ConfigurationError, InvalidInput
 # RFC 6749 section 3.3, less what would need quoting in a log line or a query string.
 _SCOPE: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,30}(:[a-z0-9][a-z0-9._-]{0,30})?")
 
+_MOST_SHOWN: Final = 64  # characters of what came in place of a scope
+
+NO_SCOPE: Final = (
+    "is no scope: use lowercase letters, digits and . _ - with at most one colon, "
+    "like 'invoices:read'"
+)
+
 DEFAULT_SCOPES: Final = ("send",)
 
 BUILT_IN_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
@@ -27,15 +34,19 @@ BUILT_IN_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
+def is_scope(text: str) -> bool:
+    """Tell whether *text* has the form of a scope, be it registered or not."""
+    return _SCOPE.fullmatch(text) is not None
+
+
 class ScopeRegistry:
     """The scopes that keys may carry: the built-in ones and *extra* (scope to description)."""
 
     def __init__(self, extra: Mapping[str, str] | None = None) -> None:
         faults = [
-            f"scopes: {scope!r} is no scope: use lowercase letters, digits and . _ - with at most "
-            "one colon, like 'invoices:read'"
+            f"TFM_GUARD_SCOPES: {scope!r} {NO_SCOPE}"
             for scope in extra or ()
-            if not _SCOPE.fullmatch(scope)
+            if not is_scope(scope)
         ]
         if faults:
             raise ConfigurationError(*faults)
@@ -58,7 +69,13 @@ class ScopeRegistry:
             if scope not in self.descriptions:
                 known = ", ".join(self.descriptions)
                 raise InvalidInput(
-                    ("scopes", position), "unknown_scope", f"Unknown scope. Known: {known}"
+                    ("scopes", position),
+                    "unknown_scope",
+                    f"Unknown scope {_shown(scope)}. Known: {known}",
                 )
             granted.append(scope)
         return frozenset(granted)
+
+
+def _shown(scope: str) -> str:
+    return repr(scope if len(scope) <= _MOST_SHOWN else scope[:_MOST_SHOWN] + "…")

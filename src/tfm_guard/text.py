@@ -6,22 +6,28 @@ from typing import Final
 from tfm_guard.errors import InvalidInput
 
 # Control characters, and the directional formatting characters (among `Cf`) with which a text can
-# be made to read as another one: UAX #9 section 2.
+# be made to read as another one (UAX #9 section 2), and the byte order mark, which nobody types.
 _DIRECTIONAL: Final = frozenset(
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
 )
+# Blank, though Unicode counts them among letters and symbols: Hangul fillers, the Braille blank.
+_BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 
 
 def plain_text(text: str, *, field: str, most: int) -> str:
-    """Return *text* trimmed, if 1 to *most* characters without controls are left.
+    """Return *text* trimmed, if 1 to *most* characters, one of them visible, are left.
 
-    Raises `InvalidInput` naming *field*.
+    Controls are refused. Raises `InvalidInput` naming *field*.
     """
     text = text.strip()
     if not text:
         raise InvalidInput((field,), "string_too_short", "At least 1 character is needed")
     if len(text) > most:
-        raise InvalidInput((field,), "string_too_long", f"At most {most} characters are allowed")
+        raise InvalidInput(
+            (field,),
+            "string_too_long",
+            f"At most {most} characters are allowed, and {len(text)} came",
+        )
     if any(
         character in _DIRECTIONAL or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
         for character in text
@@ -29,4 +35,11 @@ def plain_text(text: str, *, field: str, most: int) -> str:
         raise InvalidInput(
             (field,), "string_control", "Control and directional characters are not allowed"
         )
+    if not any(map(_is_visible, text)):
+        raise InvalidInput((field,), "string_too_short", "At least 1 visible character is needed")
     return text
+
+
+def _is_visible(character: str) -> bool:
+    """Tell whether something is seen where *character* stands alone: no format, mark or blank."""
+    return character not in _BLANK and unicodedata.category(character)[0] not in "CMZ"

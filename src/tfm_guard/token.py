@@ -54,20 +54,26 @@ class Tagger:
 class DigestKey:
     """One key of the digest by which tokens are compared, derived from a root *secret*."""
 
-    __slots__ = ("_mac", "id")
+    __slots__ = ("id", "state")
 
     def __init__(self, secret: bytes) -> None:
         key = derive(secret, b"digest")
         self.id = blake2b(key, digest_size=8, person=b"tfm-guard key id").hexdigest()
-        self._mac = blake2b(key=key, digest_size=DIGEST_BYTES)
+        # A digest is a copy of this state, one update, and its end. With a label taken in, BLAKE2
+        # has already compressed the key's block, which would otherwise be half the work each time.
+        self.state = blake2b(b"Authorization: ", key=key, digest_size=DIGEST_BYTES)
 
     def __repr__(self) -> str:
         return f"DigestKey(id={self.id!r})"
 
     def digest(self, token: bytes) -> bytes:
-        """Return the `DIGEST_BYTES` by which *token* is stored and compared."""
-        mac = self._mac.copy()
-        mac.update(token)
+        """Return the `DIGEST_BYTES` by which *token* is stored and compared.
+
+        It is that of the header in which the token is usually sent, so that this header can be
+        compared as it comes.
+        """
+        mac = self.state.copy()
+        mac.update(b"Bearer " + token)
         return mac.digest()
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def test_the_token_alone_goes_to_stdout_and_proves_the_key(database_url: str) ->
     assert (key.account_id, key.name, key.expires_at) == ("acme", "CI", None)
     assert key.scopes == {"send", "emails:read"}
     assert done.stderr == (
-        f"Created the key 'CI' ({key.key_prefix}) of account 'acme': emails:read send.\n"
+        f'Created the key "CI" ({key.key_prefix}) of account "acme": emails:read send.\n'
         "Keep its token now: it is not shown again.\n"
     )
 
@@ -120,7 +121,7 @@ def test_a_larger_plan_makes_room(database_url: str) -> None:
     assert [run(database_url, *CREATE).exit_code for _ in range(3)] == [0, 0, 1]
     result = run(database_url, "accounts", "set-plan", "acme", "starter")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == "Account 'acme' is on the plan 'starter'.\n"
+    assert result.stderr == 'Account "acme" is on the plan "starter".\n'
     assert run(database_url, *CREATE).exit_code == 0
 
 
@@ -146,3 +147,56 @@ def test_settings_come_from_their_variables(sqlite_url: str) -> None:
     codes += [run_program(set_plan, url=sqlite_url, variables=variables).returncode]
     codes += [run_program(arguments, url=sqlite_url, variables=variables).returncode]
     assert codes == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "redirection", [">/dev/full", "| true", "| { exec <&-; cat >&2 /dev/null; }"]
+)
+def test_a_token_that_cannot_be_written_leaves_no_key(sqlite_url: str, redirection: str) -> None:
+    """Where stdout takes no token the key is revoked again, stderr says so, and the code is 1."""
+    command = f'"$0" "$@" {redirection}; echo "${{PIPESTATUS[0]}}" >&2'
+    done = subprocess.run(
+        ["bash", "-c", command, PROGRAM, *CREATE],
+        env={
+            "TFM_GUARD_DATABASE_URL": sqlite_url,
+            "PYTHONWARNINGS": "error",
+            "PATH": os.environ["PATH"],
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    told, cause, code = done.stderr.splitlines()
+    assert told.startswith("tfm-guard: the token could not be written to stdout: ")
+    assert cause.endswith("was revoked again")
+    assert code == "1"
+    assert list_keys(sqlite_url, "acme") == []
+    actions = execute(sqlite_url, "SELECT action FROM tfm_audit ORDER BY id")
+    assert actions == [("api_key.created",), ("api_key.revoked",)]
+
+
+def test_without_a_stdout_no_key_is_made(sqlite_url: str) -> None:
+    """A closed stdout is noticed before anything is created."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" "$@" >&-', PROGRAM, *CREATE],
+        env={"TFM_GUARD_DATABASE_URL": sqlite_url, "PYTHONWARNINGS": "error"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "tfm-guard: stdout is closed, and the token would be lost; no key was created\n"
+    )
+    assert list_keys(sqlite_url, "acme") == []
+
+
+def test_help_that_cannot_be_written_ends_with_1() -> None:
+    """Any other output that nobody takes ends the command with 1 and its cause."""
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" --help >/dev/full', PROGRAM],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "tfm-guard: No space left on device\n")

@@ -1,9 +1,13 @@
 """What the command line says when it cannot do what it is told, and with which exit code."""
 
+import re
 import socket
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from sqlalchemy import make_url
 
 from tests.support.servers import free_port
 from tests.support.sql import execute
@@ -61,6 +65,15 @@ def test_all_faults_of_the_settings_are_told_at_once(sqlite_url: str) -> None:
         "postgresql://acme:hunter2@localhost:port/keys",
         "postgresql://acme:hunter2@[::1/keys",
         "sqlite://",
+        "sqlite://hunter2.db",
+        "sqlite:///:memory:",
+        "sqlite:///keys.db?mode=hunter2",
+        "postgres://acme:hunter2@localhost/keys",
+        "postgresql+asyncpg://acme:hunter2@localhost/keys",
+        "postgresql://acme:top@hunter2@127.0.0.1/keys",
+        "postgresql://acme:top@hunter2/word@127.0.0.1/keys",
+        "postgresql://acme:hunter2/keys",
+        "postgresql://acme:hunter2@localhost:99999/keys",
     ],
 )
 def test_a_url_that_cannot_work_is_explained_without_showing_it(url: str) -> None:
@@ -68,7 +81,8 @@ def test_a_url_that_cannot_work_is_explained_without_showing_it(url: str) -> Non
     result = run(url, *CREATE)
     assert result.exit_code == 1
     assert result.stderr.startswith("tfm-guard: TFM_GUARD_DATABASE_URL")
-    assert "sqlite:///" in result.stderr
+    assert re.search("sqlite:///|postgresql://|%40|%3F", result.stderr)
+    assert len(result.stderr.splitlines()) == 1
     assert "hunter2" not in result.output
 
 
@@ -83,12 +97,41 @@ def test_a_database_that_does_not_answer_is_told_apart(command: tuple[str, ...])
     assert "hunter2" not in result.stderr
 
 
-def test_a_file_that_cannot_be_opened_is_told(tmp_path: object) -> None:
-    """A SQLite file in a folder that does not exist ends with 3 and with what to look at."""
-    result = run(f"sqlite:///{tmp_path}/nowhere/keys.db", *CREATE)
-    assert result.exit_code == 3
-    assert "unable to open database file" in result.stderr
-    assert "that you may write to it" in result.stderr
+def test_a_folder_that_is_missing_is_told(tmp_path: Path) -> None:
+    """A SQLite file in a folder that does not exist ends with 1, its path and what to look at."""
+    path = tmp_path / "nowhere" / "keys.db"
+    result = run(f"sqlite:///{path}", *CREATE)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"{path}: No such file or directory" in result.stderr
+    assert "that its folder exists" in result.stderr
+
+
+def test_a_file_that_is_no_database_is_told(tmp_path: Path) -> None:
+    """A file of another kind ends with 1 and its path."""
+    path = tmp_path / "letter.txt"
+    path.write_text("Dear Sir or Madam, " * 100)
+    result = run(f"sqlite:///{path}", *CREATE)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert f"file is not a database: {path}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"database": "nowhere"}, 'database "nowhere" does not exist'),
+        ({"username": "nobody-at-all"}, "nobody-at-all"),
+        ({"query": {"sslmode": "perhaps"}}, "sslmode"),
+        ({"query": {"colour": "red"}}, "colour"),
+    ],
+)
+def test_what_postgresql_will_never_grant_is_told_apart(
+    postgres_url: str, change: dict[str, Any], expected: str
+) -> None:
+    """A database, role or option that is not there ends with 1 and the server's first line."""
+    url = make_url(postgres_url).set(**change).render_as_string(hide_password=False)
+    result = run(url, *CREATE)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert expected in result.stderr.splitlines()[0]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
@@ -106,10 +149,14 @@ def test_tables_of_a_newer_release_are_left_alone(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--scope", "send", "--scope", "sned"), "--scope number 2: Unknown scope. Known: send,"),
+        (
+            ("--scope", "send", "--scope", "sned"),
+            "--scope number 2: Unknown scope 'sned'. Known: send,",
+        ),
         (("--name", " "), "--name: At least 1 character is needed"),
-        (("--name", "x" * 101), "--name: At most 100 characters are allowed"),
-        (("--account", ""), "account: At least 1 character is needed"),
+        (("--name", "x" * 101), "--name: At most 100 characters are allowed, and 101 came"),
+        (("--account", ""), "--account: At least 1 character is needed"),
+        (("--name", "\u200b\u200d"), "--name: At least 1 visible character is needed"),
         (("--expires-at", "2020-01-01T00:00Z"), "--expires-at: The time must be in the future"),
     ],
 )
@@ -158,9 +205,33 @@ def test_the_plan_limit_is_told(sqlite_url: str) -> None:
     assert [result.exit_code for result in results] == [0, 0, 1]
     assert results[2].stdout == ""
     assert results[2].stderr == (
-        "tfm-guard: The plan 'free' allows 2 active API keys and 2 exist. "
+        "tfm-guard: The plan 'free' allows 2 active API keys; this account has 2. "
         "Delete one or choose a larger plan.\n"
     )
+
+
+def test_one_key_is_one_key(sqlite_url: str) -> None:
+    """A limit of one is told in the singular."""
+    results = [run(sqlite_url, *CREATE, TFM_GUARD_PLANS='{"free": 1}') for _ in range(2)]
+    assert results[1].stderr.startswith(
+        "tfm-guard: The plan 'free' allows 1 active API key; this account has 1. "
+    )
+
+
+def test_scopes_in_one_option_are_told_apart(sqlite_url: str) -> None:
+    """Scopes separated by a comma are shown as they came, with how to give them."""
+    result = run(sqlite_url, *CREATE, "--scope", "send,emails:read")
+    assert result.exit_code == 1
+    first, second = result.stderr.splitlines()
+    assert "Unknown scope 'send,emails:read'" in first
+    assert second == ("tfm-guard: give each scope by itself: --scope send --scope emails:read")
+
+
+def test_an_account_is_named_as_it_was_typed(sqlite_url: str) -> None:
+    """Where the account is an argument, it is told by the argument's name."""
+    result = run(sqlite_url, "accounts", "set-plan", " ", "pro")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("tfm-guard: ACCOUNT: At least 1 character")
 
 
 def test_an_unknown_plan_is_told_with_the_known_ones(sqlite_url: str) -> None:
@@ -168,7 +239,7 @@ def test_an_unknown_plan_is_told_with_the_known_ones(sqlite_url: str) -> None:
     result = run(sqlite_url, "accounts", "set-plan", "acme", "por")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
-        "tfm-guard: plan: Unknown plan 'por'. Known: free, starter, pro, business\n"
+        "tfm-guard: PLAN: Unknown plan 'por'. Known: free, starter, pro, business\n"
     )
 
 

@@ -46,6 +46,7 @@ def test_every_command_has_help(path: tuple[str, ...]) -> None:
     result = CliRunner().invoke(main, [*path, "--help"], env={"TFM_GUARD_DATABASE_URL": None})
     assert (result.exit_code, result.stderr) == (0, "")
     usage, _, words = result.stdout.partition("\n\n")
+    assert "\\b" not in words
     assert usage.startswith(" ".join(["Usage: main", *path]))
     assert len(words.split()) > 10
     command: click.Command = main
@@ -56,9 +57,9 @@ def test_every_command_has_help(path: tuple[str, ...]) -> None:
 
 
 def test_the_exit_codes_are_in_the_help() -> None:
-    """The codes 0 to 3 stand at the end of `tfm-guard --help`, one a line."""
+    """The codes 0 to 3 and 130 stand at the end of `tfm-guard --help`, one a line."""
     _, _, listed = CliRunner().invoke(main, ["--help"]).stdout.partition("Exit codes:\n")
-    assert [line.split()[0] for line in listed.splitlines()] == ["0", "1", "2", "3"]
+    assert [line.split()[0] for line in listed.splitlines()] == ["0", "1", "2", "3", "130"]
 
 
 def test_help_waits_for_nothing_heavy() -> None:

@@ -11,10 +11,10 @@ import pytest
 from sqlalchemy import event, select
 from sqlalchemy.engine import Engine
 
+from tests.contracts.conftest import NewStore
 from tests.support.keys import create_key, insert_key
 from tests.support.servers import wait_until
 from tests.support.sql import execute
-from tfm_guard.clock import SystemClock
 from tfm_guard.errors import Unavailable
 from tfm_guard.store import Account, Store, Transaction, schema
 
@@ -79,9 +79,11 @@ async def test_the_head_is_locked_until_commit_on_postgresql(
         assert probe.execute(ask).fetchall() == [(1,)]
 
 
-async def test_the_head_is_locked_until_commit_on_sqlite(sqlite_url: str) -> None:
+async def test_the_head_is_locked_until_commit_on_sqlite(
+    sqlite_url: str, new_store: NewStore
+) -> None:
     """From its start to its COMMIT a change holds the file's one write lock."""
-    store = Store(sqlite_url, pool_size=10, clock=SystemClock())
+    store = new_store(sqlite_url)
     await store.open()
     probe = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), timeout=0, isolation_level=None)
     refused: list[str] = []
@@ -101,7 +103,6 @@ async def test_the_head_is_locked_until_commit_on_sqlite(sqlite_url: str) -> Non
     assert refused == ["database is locked"] * 2
     assert probe.execute("UPDATE tfm_feed SET head = head RETURNING head").fetchall() == [(1,)]
     probe.close()
-    await store.close()
 
 
 @pytest.mark.parametrize(("end", "number"), [("COMMIT", 2), ("ROLLBACK", 1)])
@@ -120,32 +121,82 @@ async def test_numbering_waits_for_who_holds_the_head(
     assert numbers_in(postgres_url) == [number]
 
 
-async def test_a_serialization_failure_is_tried_again(postgres_url: str) -> None:
-    """A transaction that PostgreSQL cannot serialize runs again as a whole, and counts once."""
-    set_default(postgres_url, "default_transaction_isolation = 'repeatable read'")
-    store = Store(postgres_url, pool_size=10, clock=SystemClock())
-    await store.open()
-    await create_key(store, "00000001")
+# Refuses the first key, at once or at COMMIT, in the way that PostgreSQL refuses a transaction.
+REFUSE_THE_FIRST = """
+CREATE SEQUENCE attempts;
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF nextval('attempts') = 1 THEN RAISE EXCEPTION 'not now' USING ERRCODE = '{sqlstate}'; END IF;
+    RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON tfm_keys {when}
+    FOR EACH ROW EXECUTE FUNCTION refuse();
+"""
+AT_ONCE, AT_COMMIT = "NOT DEFERRABLE", "DEFERRABLE INITIALLY DEFERRED"
+
+
+def refuse_the_first(url: str, sqlstate: str, when: str) -> None:
+    """Have the first transaction that inserts a key fail with *sqlstate*."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(REFUSE_THE_FIRST.format(sqlstate=sqlstate, when=when).encode())
+
+
+@pytest.mark.parametrize("when", [AT_ONCE, AT_COMMIT], ids=["at once", "at COMMIT"])
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01", "55P03"])
+async def test_a_conflict_is_tried_again(
+    postgres_store: Store, postgres_url: str, sqlstate: str, when: str
+) -> None:
+    """What PostgreSQL refuses for now, even at COMMIT, runs again as a whole, and counts once."""
+    refuse_the_first(postgres_url, sqlstate, when)
     runs = 0
 
     async def work(transaction: Transaction) -> None:
         nonlocal runs
         runs += 1
-        await insert_key(transaction, "00000002", account_id="another")
-        if runs == 1:
-            execute(postgres_url, "UPDATE tfm_accounts SET plan = 'pro' WHERE id = 'acme'")
-        assert (await transaction.lock_account("acme")).plan == "pro"
+        await insert_key(transaction, "00000001")
 
-    await store.transact(work)
+    await postgres_store.transact(work)
     assert runs == 2
-    assert numbers_in(postgres_url) == [1, 2]
-    await store.close()
+    assert prefixes_in(postgres_url) == ["00000001"]
+    assert numbers_in(postgres_url) == [1]
 
 
-async def test_a_deadlock_is_tried_again(postgres_url: str) -> None:
+@pytest.mark.parametrize("when", [AT_ONCE, AT_COMMIT], ids=["at once", "at COMMIT"])
+async def test_what_is_refused_for_good_is_not_tried_again(
+    postgres_store: Store, postgres_url: str, when: str
+) -> None:
+    """A transaction that is refused for another reason runs once, and nothing of it is kept."""
+    refuse_the_first(postgres_url, "P0001", when)
+    runs = 0
+
+    async def work(transaction: Transaction) -> None:
+        nonlocal runs
+        runs += 1
+        await insert_key(transaction, "00000001")
+
+    with pytest.raises(Unavailable) as caught:
+        await postgres_store.transact(work)
+    assert caught.value.reason == "database: RaiseException: not now"
+    assert runs == 1
+    assert prefixes_in(postgres_url) == []
+
+
+@pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
+async def test_the_servers_default_isolation_is_not_taken(
+    postgres_url: str, new_store: NewStore, isolation: str
+) -> None:
+    """Where a server isolates more by default, 16 changes for 16 accounts at once all succeed."""
+    set_default(postgres_url, f"default_transaction_isolation = '{isolation}'")
+    store = new_store(postgres_url)
+    await store.open()
+    changes = (create_key(store, f"{n:08x}", account_id=f"account {n}") for n in range(16))
+    await asyncio.gather(*changes)
+    assert numbers_in(postgres_url) == list(range(1, 17))
+
+
+async def test_a_deadlock_is_tried_again(postgres_url: str, new_store: NewStore) -> None:
     """Of two transactions that wait for each other one runs again, and both take place."""
     set_default(postgres_url, "deadlock_timeout = '20ms'")
-    store = Store(postgres_url, pool_size=10, clock=SystemClock())
+    store = new_store(postgres_url)
     await store.open()
     runs = 0
     holding = {"one": asyncio.Event(), "two": asyncio.Event()}
@@ -167,7 +218,6 @@ async def test_a_deadlock_is_tried_again(postgres_url: str) -> None:
     assert runs >= 3
     assert prefixes_in(postgres_url) == [f"0000000{n}" for n in range(4)]
     assert numbers_in(postgres_url) == [1, 2, 3, 4]
-    await store.close()
 
 
 async def test_a_lock_that_is_not_given_in_time_is_tried_again(
@@ -191,7 +241,8 @@ async def test_a_lock_that_is_not_given_in_time_is_tried_again(
         change = asyncio.create_task(postgres_store.transact(work))
         await again.wait()
         holder.execute("COMMIT")
-    assert (await change).id == "acme"
+    account, changes = await change
+    assert (account.id, changes) == ("acme", [])
     assert runs == 2
 
 

@@ -14,9 +14,9 @@ from sqlalchemy import event, select
 from sqlalchemy.engine import Engine
 
 import tfm_guard.store
+from tests.contracts.conftest import NewStore
 from tests.support.crowd import run_crowd
 from tests.support.sql import engine_for, execute
-from tfm_guard.clock import SystemClock
 from tfm_guard.errors import SchemaError
 from tfm_guard.store import Store, schema
 
@@ -35,11 +35,6 @@ async def main(url):
 
 asyncio.run(main(sys.argv[1]))
 """
-
-
-def new_store(url: str) -> Store:
-    """Return a store that is not open."""
-    return Store(url, pool_size=2, clock=SystemClock())
 
 
 def set_revision(url: str, revision: str) -> None:
@@ -76,29 +71,34 @@ async def test_the_migrations_make_the_tables_of_the_code(store: Store, database
         assert context.get_current_revision() == schema.HEAD
 
 
-async def test_an_installation_keeps_its_secrets(database_url: str) -> None:
-    """Every opening finds the same name and the same two secrets of 32 bytes."""
+async def test_an_installation_keeps_what_its_processes_share(
+    database_url: str, new_store: NewStore
+) -> None:
+    """Every opening finds the same name, two secrets of 32 bytes, and lease and poll in seconds."""
     first, second = new_store(database_url), new_store(database_url)
     made = await first.open()
     assert await second.open() == await first.open() == made
     assert {len(made.root_secret), len(made.tag_key), len(made.id)} == {32}
     assert made.root_secret != made.tag_key
-    await first.close()
-    await second.close()
+    assert (made.lease, made.poll_interval) == (2, 0.25)
+    shared = {row.name: row.value for row in execute(database_url, select(schema.settings))}
+    assert shared == {"installation_id": made.id, "lease_seconds": "2", "poll_seconds": "0.25"}
+    execute(database_url, "UPDATE tfm_settings SET value = '3.5' WHERE name = 'lease_seconds'")
+    assert await second.open() == made._replace(lease=3.5)
 
 
 async def test_a_new_database_starts_its_feed_at_zero(store: Store, database_url: str) -> None:
-    """There is one head, 0, and no change."""
+    """There is one head, 0, no change, and nobody in the register."""
     assert [tuple(row) for row in execute(database_url, select(schema.feed))] == [(1, 0)]
     assert execute(database_url, select(schema.changes)) == []
+    assert execute(database_url, select(schema.workers)) == []
 
 
-async def test_upgrading_says_what_it_did(database_url: str) -> None:
+async def test_upgrading_says_what_it_did(database_url: str, new_store: NewStore) -> None:
     """The first upgrade makes the tables, the second finds nothing to do."""
     store = new_store(database_url)
     assert await store.upgrade() == (None, schema.HEAD)
     assert await store.upgrade() == (schema.HEAD, schema.HEAD)
-    await store.close()
 
 
 async def test_newer_tables_are_refused(store: Store, database_url: str) -> None:
@@ -128,7 +128,7 @@ async def test_eight_processes_open_one_empty_database(database_url: str) -> Non
     assert len(execute(database_url, select(schema.feed))) == 1
 
 
-async def test_a_file_in_use_is_switched_to_wal_later(sqlite_url: str) -> None:
+async def test_a_file_in_use_is_switched_to_wal_later(sqlite_url: str, new_store: NewStore) -> None:
     """A writer that keeps SQLite from changing its journal only delays the first opening."""
     writer = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)
     writer.execute("CREATE TABLE another_programs (x)")

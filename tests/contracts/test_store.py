@@ -4,16 +4,17 @@ import asyncio
 import json
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import insert, select
 
 from tests.support.crowd import run_crowd
-from tests.support.keys import create_key, insert_key
+from tests.support.keys import create_key, insert_key, revoke_key
 from tests.support.sql import execute
 from tfm_guard.errors import Unavailable
-from tfm_guard.store import PrefixTaken, Store, Transaction, schema
+from tfm_guard.records import Change
+from tfm_guard.store import MARKED, Account, PrefixTaken, Store, Transaction, schema
 
 WRITERS = """
 from tests.support.keys import create_key
@@ -96,24 +97,78 @@ async def test_many_prefixes_are_one_question(store: Store) -> None:
 async def test_a_revoked_key_is_found_as_revoked(store: Store) -> None:
     """Revoking raises the version and stays visible to who asks for the prefix."""
     key = await create_key(store, "00000001")
-    assert await store.transact(lambda t: t.revoke_key("acme", key.id)) == "key 00000001"
+    assert await revoke_key(store, key) == [Change(2, "revoked", "00000001", 2)]
     row = (await store.find_keys(["00000001"]))["00000001"]
     assert row.version == 2
     assert row.revoked_at is not None
     assert key.created_at <= row.revoked_at <= row.read_at
 
 
-async def test_only_an_accounts_own_unrevoked_key_is_revoked(
-    store: Store, database_url: str
-) -> None:
-    """Another account's key, an id never issued and a second time change nothing."""
-    key = await create_key(store, "00000001")
-    assert await store.transact(lambda t: t.revoke_key("evil", key.id)) is None
-    assert await store.transact(lambda t: t.revoke_key("acme", uuid4())) is None
-    assert head_of(database_url) == 1
-    await store.transact(lambda t: t.revoke_key("acme", key.id))
-    assert await store.transact(lambda t: t.revoke_key("acme", key.id)) is None
-    assert head_of(database_url) == 2
+async def test_a_transaction_finds_only_an_accounts_own_keys(store: Store) -> None:
+    """A key is found by its account and id, revoked or confirmed too; another's never is."""
+    key, other = await create_key(store, "00000001"), await create_key(store, "00000002")
+
+    async def find(account_id: str, key_id: UUID) -> Any:
+        row, changes = await store.transact(lambda t: t.find_key(account_id, key_id))
+        assert changes == []
+        return row
+
+    assert await find("evil", key.id) is None
+    assert await find("acme", uuid4()) is None
+    row = await find("acme", key.id)
+    assert (row.prefix, row.version, row.revoked_at, row.confirmed_at) == (
+        "00000001",
+        1,
+        None,
+        None,
+    )
+    await revoke_key(store, key)
+    row = await find("acme", key.id)
+    assert row.version == 2
+    assert row.confirmed_at is None
+    assert row.revoked_at >= key.created_at
+    await store.confirm_revocation(key.id)
+    assert (await find("acme", key.id)).confirmed_at >= row.revoked_at
+    row = await find("acme", other.id)
+    assert (row.version, row.revoked_at, row.confirmed_at) == (1, None, None)
+
+
+async def test_only_who_is_still_behind_is_marked(store: Store) -> None:
+    """Who has meanwhile seen so far, or is not named, is not; who is can record nothing more."""
+    behind, late, other = uuid4(), uuid4(), uuid4()
+    for worker_id in (behind, late, other):
+        await store.register_worker(worker_id, "host:1")
+    await store.record_seen(late, 7)
+    await store.strike_off([behind, late], 7, marked=[other])
+    assert await store.read_register() == {behind: MARKED, late: 7, other: 0}
+    await store.record_seen(behind, 9)
+    assert await store.poll(behind, 0) is None
+    await store.strike_off([late], 8, marked=[behind])
+    assert await store.read_register() == {late: MARKED, other: 0}
+
+
+async def test_a_listener_hears_of_what_was_committed(store: Store) -> None:
+    """Each change is told once it is committed, in its order; what was taken back never is."""
+    heard: list[Change] = []
+    store.on_commit(heard.append)
+
+    async def two(transaction: Transaction) -> str:
+        await insert_key(transaction, "00000002")
+        await insert_key(transaction, "00000003")
+        assert heard == [Change(1, "created", "00000001", 1)]
+        assert await transaction.head() == 1
+        return "both"
+
+    async def fail(transaction: Transaction) -> None:
+        await insert_key(transaction, "00000004")
+        raise Injected
+
+    await create_key(store, "00000001")
+    created = [Change(2, "created", "00000002", 1), Change(3, "created", "00000003", 1)]
+    assert await store.transact(two) == ("both", created)
+    with pytest.raises(Injected):
+        await store.transact(fail)
+    assert heard[1:] == created
 
 
 async def test_a_list_holds_an_accounts_active_keys(store: Store, database_url: str) -> None:
@@ -124,7 +179,7 @@ async def test_a_list_holds_an_accounts_active_keys(store: Store, database_url: 
     revoked = await create_key(store, "00000003")
     await create_key(store, "00000004", account_id="another")
     new = await create_key(store, "00000005")
-    await store.transact(lambda t: t.revoke_key("acme", revoked.id))
+    await revoke_key(store, revoked)
     used_at = datetime(2030, 1, 1, 0, 0, 0, 1, tzinfo=UTC)
     execute(database_url, insert(schema.key_usage).values(key_id=old.id, last_used_at=used_at))
 
@@ -143,26 +198,26 @@ async def test_active_keys_are_counted_like_they_are_listed(
     await create_key(store, "00000001")
     await create_key(store, "00000002", expires_at=datetime.now(UTC) - timedelta(seconds=1))
     replaced = await create_key(store, "00000003")
-    assert await store.transact(lambda t: t.count_active_keys("acme")) == 2
+    assert await store.transact(lambda t: t.count_active_keys("acme")) == (2, [])
     keys = schema.keys
     execute(database_url, keys.update().where(keys.c.id == replaced.id).values(replaced_by=uuid4()))
-    assert await store.transact(lambda t: t.count_active_keys("acme")) == 1
-    assert await store.transact(lambda t: t.count_active_keys("another")) == 0
+    assert await store.transact(lambda t: t.count_active_keys("acme")) == (1, [])
+    assert await store.transact(lambda t: t.count_active_keys("another")) == (0, [])
 
 
 async def test_an_account_is_made_when_first_locked(store: Store) -> None:
-    """A new account is on the given plan; later ones do not change it, only set_plan does."""
-    first = await store.transact(lambda t: t.lock_account("acme"))
-    assert (first.id, first.plan, first.suspended_at) == ("acme", "free", None)
-    assert (await store.transact(lambda t: t.lock_account("acme", plan="pro"))).plan == "free"
+    """A new account is on the plan "free"; locking it again changes nothing, only set_plan does."""
+    free, pro = Account("acme", "free"), Account("acme", "pro")
+    for _ in range(2):
+        assert await store.transact(lambda t: t.lock_account("acme")) == (free, [])
     await store.transact(lambda t: t.set_plan("acme", "pro"))
-    assert (await store.transact(lambda t: t.lock_account("acme"))).plan == "pro"
+    assert await store.transact(lambda t: t.lock_account("acme")) == (pro, [])
 
 
 async def test_a_prefix_is_given_once(store: Store, database_url: str) -> None:
     """A prefix that any key has or had is taken, and nothing of the second key is written."""
     key = await create_key(store, "00000001")
-    await store.transact(lambda t: t.revoke_key("acme", key.id))
+    await revoke_key(store, key)
     before = contents_of(database_url)
     with pytest.raises(PrefixTaken):
         await create_key(store, "00000001", account_id="another")
@@ -188,7 +243,7 @@ async def test_every_change_is_in_the_feed(store: Store, database_url: str) -> N
 
     key = await create_key(store, "00000001")
     await store.transact(two)
-    await store.transact(lambda t: t.revoke_key("acme", key.id))
+    await revoke_key(store, key)
     assert feed_of(database_url) == [
         (1, "created", "00000001", 1),
         (2, "created", "00000002", 1),

@@ -80,7 +80,7 @@ def test_errors_carry_their_evidence() -> None:
     """Plan limits and missing scopes can be read from the error, and are told in its message."""
     limit = PlanLimitReached(plan="pro", limit=15, current=17)
     assert (limit.plan, limit.limit, limit.current) == ("pro", 15, 17)
-    assert "'pro' allows 15 active API keys and 17 exist" in limit.message
+    assert "'pro' allows 15 active API keys; this account has 17" in limit.message
     scope = InsufficientScope(frozenset({"send", "domains:write"}))
     assert scope.missing == {"send", "domains:write"}
     assert scope.message.endswith("domains:write send")

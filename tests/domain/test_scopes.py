@@ -87,3 +87,11 @@ def test_every_faulty_scope_is_reported() -> None:
     with pytest.raises(ConfigurationError) as caught:
         ScopeRegistry({"Read": "", "a b": "", "fine": "", "a:b:c": ""})
     assert [fault.split()[1] for fault in caught.value.faults] == ["'Read'", "'a", "'a:b:c'"]
+
+
+def test_what_came_in_place_of_a_scope_is_shown() -> None:
+    """The message quotes the unknown scope, shortened if it is long."""
+    with pytest.raises(InvalidInput, match=r"^Unknown scope 'sned'\. Known: send, "):
+        ScopeRegistry().grant(["sned"])
+    with pytest.raises(InvalidInput, match=r"^Unknown scope 'x{64}…'\. Known: send, "):
+        ScopeRegistry().grant(["x" * 1000])

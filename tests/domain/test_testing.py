@@ -1,5 +1,6 @@
 """Facts about what the package offers to others' tests."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -30,13 +31,117 @@ def test_a_manual_clock_tells_utc() -> None:
     start = datetime(2030, 1, 1, 2, tzinfo=timezone(timedelta(hours=2)))
     assert ManualClock(start).now() == start
     assert ManualClock(start).now().tzinfo is UTC
-    assert repr(ManualClock(start)) == "ManualClock(2030-01-01T00:00:00+00:00, monotonic=0)"
+    assert repr(ManualClock(start)) == (
+        "ManualClock(2030-01-01T00:00:00+00:00, monotonic=0, sleepers=0)"
+    )
 
 
-def test_time_does_not_run_backwards() -> None:
+async def test_time_does_not_run_backwards() -> None:
     """Negative seconds cannot pass."""
+    clock = ManualClock()
     with pytest.raises(ValueError, match="got -1"):
-        ManualClock().advance(-1)
+        clock.advance(-1)
+    with pytest.raises(ValueError, match="got -2"):
+        await clock.pass_time(-2)
+    assert clock.monotonic() == 0
+
+
+class Sleepers:
+    """Tasks that each sleep again and again, and note when they woke."""
+
+    def __init__(self, clock: ManualClock, *pauses: float) -> None:
+        self.woke: list[tuple[float, float]] = []
+        self.tasks = [asyncio.create_task(self._sleep(clock, pause)) for pause in pauses]
+
+    async def _sleep(self, clock: ManualClock, pause: float) -> None:
+        while True:
+            await clock.sleep(pause)
+            await asyncio.to_thread(self.woke.append, (pause, clock.monotonic()))
+
+
+async def test_a_sleeper_wakes_when_its_time_has_come() -> None:
+    """Whoever sleeps on a manual clock wakes when it was moved so far, and not a moment before."""
+    clock = ManualClock()
+    task = asyncio.create_task(clock.sleep(2))
+    await clock.wait_for_sleepers(1)
+    assert repr(clock).endswith("sleepers=1)")
+    clock.advance(1.999)
+    await clock.pass_time(0)
+    assert not task.done()
+    clock.advance(0.001)
+    await task
+    await clock.sleep(0)
+    await clock.sleep(-1)
+    assert repr(clock).endswith("monotonic=2, sleepers=0)")
+
+
+async def test_time_passes_from_one_awakening_to_the_next() -> None:
+    """Those who sleep regularly wake each at its time, and are asleep again when it has passed."""
+    clock = ManualClock()
+    sleepers = Sleepers(clock, 1, 0.75)
+    await clock.wait_for_sleepers(2)
+    await clock.pass_time(3)
+    assert sleepers.woke[:5] == [(0.75, 0.75), (1, 1), (0.75, 1.5), (1, 2), (0.75, 2.25)]
+    assert sorted(sleepers.woke[5:]) == [(0.75, 3), (1, 3)]
+    assert clock.monotonic() == 3
+    assert repr(clock).endswith("sleepers=2)")
+    for task in sleepers.tasks:
+        task.cancel()
+
+
+async def test_a_jump_in_time_wakes_a_sleeper_once() -> None:
+    """As after a suspension, the pauses that were slept through are not made up for."""
+    clock = ManualClock()
+    sleepers = Sleepers(clock, 1)
+    await clock.wait_for_sleepers(1)
+    clock.advance(10)
+    await clock.wait_for_sleepers(1)
+    assert sleepers.woke == [(1, 10)]
+    await clock.pass_time(1)
+    assert sleepers.woke == [(1, 10), (1, 11)]
+    sleepers.tasks[0].cancel()
+
+
+async def test_time_waits_for_who_is_still_awake() -> None:
+    """Before time passes, those whom a jump has woken get done what they woke for."""
+    clock = ManualClock()
+    sleepers = Sleepers(clock, 1)
+    await clock.wait_for_sleepers(1)
+    clock.advance(1)
+    await clock.pass_time(0.5)
+    assert sleepers.woke == [(1, 1)]
+    await clock.pass_time(0.5)
+    assert sleepers.woke == [(1, 1), (1, 2)]
+    sleepers.tasks[0].cancel()
+
+
+async def test_who_sleeps_may_pass_time() -> None:
+    """A task that woke and then lets time pass does not wait for itself."""
+    clock = ManualClock()
+    task = asyncio.create_task(clock.sleep(1))
+    await clock.wait_for_sleepers(1)
+
+    async def sleep_and_pass_time() -> None:
+        await clock.sleep(1)
+        await clock.pass_time(1)
+
+    another = asyncio.create_task(sleep_and_pass_time())
+    await clock.wait_for_sleepers(2)
+    clock.advance(1)
+    await asyncio.gather(task, another)
+    assert clock.monotonic() == 2
+
+
+async def test_time_passes_over_a_sleeper_that_ended() -> None:
+    """A task that ends after waking, and one that is cancelled in its sleep, hold nobody up."""
+    clock = ManualClock()
+    ending, cancelled = (asyncio.create_task(clock.sleep(1)) for _ in range(2))
+    await clock.wait_for_sleepers(2)
+    cancelled.cancel()
+    await clock.pass_time(5)
+    assert ending.done()
+    assert cancelled.cancelled()
+    assert clock.monotonic() == 5
 
 
 def test_the_system_clock_goes_on() -> None:

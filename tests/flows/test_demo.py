@@ -1,31 +1,39 @@
 """`tfm-guard demo`, as a newcomer runs it."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
-from tests.support.servers import ROOT
+from tests.support.redis import RedisServer
+from tests.support.servers import ROOT, wait_until
 from tests.support.sql import execute
 
 PROGRAM = str(Path(sys.executable).with_name("tfm-guard"))
 
-# Method, path, status and outcome of each line that shows a request.
-LINE = re.compile(r" (GET|POST|DELETE) (/\S+) +([0-9]{3}) +[0-9]+\.[0-9] ms   (.+)")
+# Method, path, status, source and outcome of each line that shows a request.
+LINE = re.compile(r" (GET|POST|DELETE) (/\S+) +([0-9]{3}) +[0-9]+\.[0-9] ms   (\S+) +(.+)")
 
+SEND = ("POST", "/v1/emails/")
+REFUSED = 'Bearer realm="api", error="invalid_token"'
 LIFE = [
-    ("POST", "/v1/emails/", "401", 'Bearer realm="api"'),
-    ("POST", "/v1/api-keys/", "201", "key ########, may send"),
-    ("POST", "/v1/emails/", "202", "email queued"),
-    ("DELETE", "/v1/api-keys/#######…", "204", "refused from now on"),
-    ("POST", "/v1/emails/", "401", 'Bearer realm="api", error="invalid_token"'),
+    (*SEND, "401", "memory", 'Bearer realm="api"'),
+    ("POST", "/v1/api-keys/", "201", "database", "key ########, may send"),
+    (*SEND, "202", "database", "email queued"),
+    (*SEND, "202", "memory", "email queued"),
+    (*SEND, "202", "database", "email queued"),
+    ("DELETE", "/v1/api-keys/###…", "204", "database", "refused everywhere"),
+    (*SEND, "401", "database", REFUSED),
+    (*SEND, "401", "database", REFUSED),
 ]
 
 
@@ -51,7 +59,7 @@ def run_demo(
 
 def life_in(output: str) -> list[tuple[str, ...]]:
     """Return the requests shown in *output*; what differs from run to run is `#`."""
-    shown = re.sub(r"(?<=key )[0-9a-f]{8}|(?<=/)[0-9a-f]{7}(?=…)", _hidden, output)
+    shown = re.sub(r"(?<=key )[0-9a-f]{8}|(?<=/)[0-9a-f]{3}(?=…)", _hidden, output)
     return [match.groups() for match in LINE.finditer(shown)]
 
 
@@ -60,11 +68,11 @@ def _hidden(match: re.Match[str]) -> str:
 
 
 def test_the_demo_shows_a_keys_life(tmp_path: Path) -> None:
-    """Refused, key created, accepted, deleted, refused: five real answers, exit code 0, no rest."""
+    """Refused, created, accepted, deleted, refused: eight real answers, exit code 0, no rest."""
     done = run_demo(tmp_path, "--once")
     assert (done.returncode, done.stderr) == (0, "")
     assert life_in(done.stdout) == LIFE
-    assert done.stdout.endswith("All five were answered as they must be.\n")
+    assert done.stdout.endswith("All eight were answered as they must be.\n")
     assert "\x1b" not in done.stdout
     assert "tfm_k_" not in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -76,7 +84,7 @@ def test_the_database_is_kept_in_a_given_folder(tmp_path: Path) -> None:
     codes = [run_demo(tmp_path, "--once", "--folder", str(folder)).returncode for _ in range(3)]
     assert codes == [0, 0, 0]
     assert execute(
-        f"sqlite:///{folder}/tfm_guard.db",
+        f"sqlite:///{folder}/demo.db",
         "SELECT count(*), count(revoked_at) FROM tfm_keys",
     ) == [(6, 5)]
 
@@ -87,7 +95,7 @@ def test_a_request_answered_otherwise_ends_the_demo_with_1(tmp_path: Path) -> No
     assert done.returncode == 1
     assert [line[2] for line in life_in(done.stdout)] == ["401", "403"]
     assert done.stderr == (
-        "tfm-guard: A new key, with the managing key: expected 201, got 403 plan_limit_reached\n"
+        "tfm-guard: A new key, by the managing key: expected 201, got 403 plan_limit_reached\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -95,30 +103,56 @@ def test_a_request_answered_otherwise_ends_the_demo_with_1(tmp_path: Path) -> No
 def test_a_folder_of_a_newer_release_ends_the_demo_with_1(tmp_path: Path) -> None:
     """Tables of a later release are refused before anything is served."""
     assert run_demo(tmp_path, "--once", "--folder", ".").returncode == 0
-    url = f"sqlite:///{tmp_path}/tfm_guard.db"
+    url = f"sqlite:///{tmp_path}/demo.db"
     execute(url, "UPDATE tfm_schema_version SET version_num = '9999'")
     done = run_demo(tmp_path, "--once", "--folder", ".")
     assert (done.returncode, done.stdout) == (1, "")
     assert "revision 9999, newer than this release knows" in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_demo_stays_up_until_it_is_ended(tmp_path: Path, number: signal.Signals) -> None:
-    """It serves until Ctrl-C or SIGTERM, then exits 0; the curl that it prints makes a key."""
+@contextlib.contextmanager
+def running_demo(folder: Path, program: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """Run the demo until the end of the block, whatever happens there."""
     with subprocess.Popen(
-        [PROGRAM, "demo"],
-        cwd=tmp_path,
-        env=environment(tmp_path, PYTHONUNBUFFERED="1"),
+        program,
+        cwd=folder,
+        env=environment(folder, PYTHONUNBUFFERED="1", PATH=os.environ["PATH"]),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stdout is not None
-        shown = ""
-        while not shown.endswith('["send"]}\'\n\n'):
-            line = process.stdout.readline()
-            assert line, shown
-            shown += line
+        overdue = threading.Timer(60, process.kill)
+        overdue.start()
+        try:
+            yield process
+        finally:
+            overdue.cancel()
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], end: str) -> str:
+    """Return what the process prints up to *end*."""
+    assert process.stdout is not None
+    shown = ""
+    while not shown.endswith(end):
+        line = process.stdout.readline()
+        assert line, shown
+        shown += line
+    return shown
+
+
+# A shell starts what runs in the background with SIGINT ignored.
+IN_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$0" demo', PROGRAM]
+
+
+@pytest.mark.parametrize("program", [[PROGRAM, "demo"], IN_BACKGROUND], ids=["here", "background"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_demo_stays_up_until_it_is_ended(
+    tmp_path: Path, number: signal.Signals, program: list[str]
+) -> None:
+    """It serves until Ctrl-C or SIGTERM, then exits 0; the curl that it prints makes a key."""
+    with running_demo(tmp_path, program) as process:
+        shown = read_until(process, '["send"]}\'\n\n')
         command = re.search(
             r"curl (http://127\.0\.0\.1:[0-9]+/\S+) \\\n +-H '(.+): (.+)' \\\n"
             r" +-H '(.+): (.+)' -d '(.+)'",
@@ -137,6 +171,64 @@ def test_the_demo_stays_up_until_it_is_ended(tmp_path: Path, number: signal.Sign
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_demo_ended_while_it_starts_ends_quietly(tmp_path: Path, number: signal.Signals) -> None:
+    """Ended before its requests were answered, it exits 130, without a word or a rest."""
+    with running_demo(tmp_path, [PROGRAM, "demo"]) as process:
+        wait_until(lambda: any(tmp_path.iterdir()), what="the temporary folder")
+        process.send_signal(number)
+        shown, errors = process.communicate(timeout=30)
+    assert (process.returncode, shown, errors) == (130, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_redis_the_second_server_finds_the_key_there(
+    tmp_path: Path, redis_server: RedisServer
+) -> None:
+    """Both servers use the Redis that --redis names, and the answer shows where it came from."""
+    done = run_demo(tmp_path, "--once", "--redis", redis_server.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Redis at 127.0.0.1:{redis_server.port}" in done.stdout
+    sources = [line[3] for line in life_in(done.stdout)]
+    assert sources[:7] == [
+        "memory",
+        "database",
+        "database",
+        "memory",
+        "Redis",
+        "database",
+        "database",
+    ]
+    assert sources[7] in ("Redis", "database")  # Redis has what the first server has just read
+
+
+def test_a_redis_url_that_cannot_work_is_named_by_its_option(tmp_path: Path) -> None:
+    """What is wrong with --redis is said of --redis, before anything is served."""
+    done = run_demo(tmp_path, "--once", "--redis", "http://127.0.0.1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == "tfm-guard: --redis: expected redis://HOST:PORT/0 or rediss://HOST:PORT/0\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["a?b", "%41", "a#b", "c@d:e"])
+def test_any_folder_will_do(tmp_path: Path, name: str) -> None:
+    """Characters that mean something in a URL mean nothing in the name of a folder."""
+    assert run_demo(tmp_path, "--once", "--folder", name).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "demo.db").exists()
+
+
+def test_a_file_that_is_no_database_is_named_by_its_folder(tmp_path: Path) -> None:
+    """What cannot be used in the folder is told with --folder, exit code 1."""
+    (tmp_path / "demo.db").write_text("no database, but long enough to be looked at " * 30)
+    done = run_demo(tmp_path, "--once", "--folder", ".")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("tfm-guard: --folder .: database: ")
+    assert "file is not a database" in done.stderr
+    assert "TFM_GUARD" not in done.stderr
+
+
 def test_colours_are_for_terminals(tmp_path: Path) -> None:
     """On a terminal the statuses have colours."""
     reader, terminal = os.openpty()
@@ -151,7 +243,7 @@ def test_colours_are_for_terminals(tmp_path: Path) -> None:
     shown = os.read(reader, 100_000).decode()
     os.close(reader)
     assert done.returncode == 0
-    assert len(re.findall("\x1b\\[32m(?:401|201|202|204)\x1b\\[0m", shown)) == 5
+    assert len(re.findall("\x1b\\[32m(?:401|201|202|204)\x1b\\[0m", shown)) == 8
 
 
 def test_the_demo_comes_with_the_wheel(tmp_path: Path) -> None:

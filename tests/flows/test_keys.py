@@ -4,23 +4,23 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
-from typing import Any, Self
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from argon2 import PasswordHasher
 from sqlalchemy import insert, select
 
 from tests.support.sql import execute
 from tfm_guard import Guard
+from tfm_guard.bearer import as_headers
 from tfm_guard.clock import SystemClock
 from tfm_guard.errors import GuardError, InvalidInput, InvalidToken, KeyNotFound, Unavailable
-from tfm_guard.hashing import Hashing, HashingProfile
-from tfm_guard.records import CreatedKey, VerifiedKey
+from tfm_guard.records import CreatedKey, KeyCredentials, VerifiedKey
 from tfm_guard.settings import Settings
 from tfm_guard.store import Store, schema
 from tfm_guard.testing import CHEAP_HASHING, ManualClock, seeded_bytes
 from tfm_guard.token import DigestKeys, Tagger
-from tfm_guard.verifier import Verifier
 
 keys = schema.keys
 
@@ -64,7 +64,7 @@ def row_of(url: str, key_id: UUID) -> Any:
     return row
 
 
-async def test_a_created_key_is_proven_by_its_token(guard: Guard) -> None:
+async def test_a_created_key_is_proven_by_its_token(guard: Guard, database_url: str) -> None:
     """The token of a new key proves who its account is and what it may do."""
     created = await guard.keys.create(
         account_id="acme", name="  CI ", scopes=["send", "domains:write", "send"]
@@ -73,15 +73,16 @@ async def test_a_created_key_is_proven_by_its_token(guard: Guard) -> None:
     assert len(created.token) == 54
     assert created.token.startswith(f"tfm_k_{key.key_prefix}")
     verified = await guard.verify(created.token)
-    assert verified == VerifiedKey(
+    assert verified == VerifiedKey.pack(
+        digest=row_of(database_url, key.id).digest,
         key_id=key.id,
         key_prefix=key.key_prefix,
         account_id="acme",
         name="CI",
-        scopes=frozenset({"send", "domains:write"}),
         expires_at=None,
-        credentials=verified.credentials,
+        credentials=KeyCredentials(frozenset({"send", "domains:write"}), "api"),
     )
+    assert verified.scopes == {"send", "domains:write"}
     assert verified.credentials.scopes == ("domains:write", "send")
     assert await guard.verify(created.token.encode()) == await guard.verify(created.token)
 
@@ -118,7 +119,7 @@ async def test_a_revoked_key_is_refused_and_gone(guard: Guard) -> None:
     """Once revoking has returned the token is refused, the key is not listed, others are."""
     created, other = await create(guard), await create(guard)
     done = await guard.keys.revoke("acme", created.key.id)
-    assert (done.how, done.workers) == ("acknowledged", 0)
+    assert (done.how, done.workers) == ("acknowledged", 1)
     assert 0 < done.seconds < 5
     assert await reason_of_refusal(guard, created.token) == "revoked"
     assert await guard.keys.list("acme") == [other.key]
@@ -159,7 +160,7 @@ async def test_changes_are_audited_and_fed(guard: Guard, database_url: str) -> N
             str(key.id),
             f'{{"key_prefix":"{key.key_prefix}","permissions":["send"]}}',
         ),
-        ("bob", "api_key.revoked", str(key.id), "{}"),
+        ("bob", "api_key.revoked", str(key.id), f'{{"key_prefix":"{key.key_prefix}"}}'),
     ]
     assert {(row.account_id, row.target_name, row.category) for row in rows} == {
         ("acme", "CI", "Security")
@@ -172,24 +173,65 @@ async def test_changes_are_audited_and_fed(guard: Guard, database_url: str) -> N
     assert row_of(database_url, key.id).created_by == "ada"
 
 
-async def test_a_key_expires(database_url: str) -> None:
-    """From its expiry on, to the microsecond on a clock that can be moved, a key is refused."""
+async def test_a_key_expires_on_sqlite(sqlite_url: str) -> None:
+    """To the microsecond, from its expiry on, a key is refused, although it was in memory."""
+    clock = ManualClock()
+    async with new_guard(sqlite_url, clock=clock) as guard:
+        expires_at = clock.now() + timedelta(seconds=1)
+        created = await guard.keys.create(account_id="acme", name="CI", expires_at=expires_at)
+        lasting = await create(guard)
+        assert created.key.expires_at == expires_at
+        for token in (created.token, lasting.token):
+            await guard.verify(token)
+        clock.advance(0.999999)
+        for token in (created.token, lasting.token):
+            assert guard.recall(as_headers(token.encode())) == await guard.verify(token)
+        assert (await guard.verify(created.token)).expires_at == expires_at
+        assert guard.counters.store_reads == 2
+        clock.advance(0.000001)
+        assert await reason_of_refusal(guard, created.token) == "expired"
+        assert guard.counters.store_reads == 3
+        # Memory is as good as before for the key that does not expire.
+        assert (await guard.verify(lasting.token)).key_id == lasting.key.id
+        assert guard.counters.store_reads == 3
+        assert await guard.keys.list("acme") == [lasting.key]
+
+
+async def test_a_key_expires_on_postgresql(postgres_url: str) -> None:
+    """When its time is up memory is not believed any more, and the database's own time decides."""
+    clock = ManualClock(datetime.now(UTC))
+    async with new_guard(postgres_url, clock=clock) as guard:
+        expires_at = datetime.now(UTC) + timedelta(seconds=60)
+        created = await guard.keys.create(account_id="acme", name="CI", expires_at=expires_at)
+        await clock.pass_time(1)
+        assert (await guard.verify(created.token)).expires_at == expires_at
+        past = datetime.now(UTC) - timedelta(microseconds=1)
+        change_row(postgres_url, created.key.id, expires_at=past)
+        await clock.pass_time(50)
+        # Nothing has changed that the feed tells of.
+        assert (await guard.verify(created.token)).expires_at == expires_at
+        assert guard.counters.store_reads == 1
+        await clock.pass_time(10)
+        assert await reason_of_refusal(guard, created.token) == "expired"
+        assert guard.counters.store_reads == 2
+        assert await guard.keys.list("acme") == []
+
+
+@pytest.mark.parametrize("step", [-3600, 3600])
+async def test_a_stepped_wall_clock_prolongs_nothing(database_url: str, step: float) -> None:
+    """Memory counts to the second as long as it would have; after that the database is asked."""
     clock = ManualClock(datetime.now(UTC))
     async with new_guard(database_url, clock=clock) as guard:
-        expires_at = clock.now() + timedelta(hours=1)
+        expires_at = clock.now() + timedelta(seconds=60)
         created = await guard.keys.create(account_id="acme", name="CI", expires_at=expires_at)
-        assert created.key.expires_at == expires_at
-        assert (await guard.verify(created.token)).expires_at == expires_at
-        if database_url.startswith("sqlite"):
-            clock.advance(3600 - 0.000001)
-            assert (await guard.verify(created.token)).expires_at == expires_at
-            clock.advance(0.000001)
-        else:
-            # PostgreSQL goes by its own clock.
-            past = datetime.now(UTC) - timedelta(microseconds=1)
-            change_row(database_url, created.key.id, expires_at=past)
+        await guard.verify(created.token)
+        clock.step_wall(step)
+        clock.advance(1.9)
+        assert guard.recall(as_headers(created.token.encode())) is not None
+        change_row(database_url, created.key.id, expires_at=datetime(2020, 1, 1, tzinfo=UTC))
+        await clock.pass_time(58.1)
+        assert guard.recall(as_headers(created.token.encode())) is None
         assert await reason_of_refusal(guard, created.token) == "expired"
-        assert await guard.keys.list("acme") == []
 
 
 async def test_a_suspended_account_is_refused(guard: Guard, database_url: str) -> None:
@@ -286,9 +328,45 @@ async def test_a_closed_guard_has_no_keys_to_manage(database_url: str) -> None:
             assert "open" in repr(guard)
         assert (await guard.verify(created.token)).key_id == created.key.id
     assert "closed" in repr(guard)
-    assert (await guard.verify(created.token)).key_id == created.key.id
-    await guard.open()
+    # Closed on purpose, it is not opened by a request.
+    for _ in range(2):
+        with pytest.raises(Unavailable) as caught:
+            await guard.verify(created.token)
+        assert caught.value.reason == "the guard is closed"
+        assert guard.recall(as_headers(created.token.encode())) is None
+    async with guard:
+        assert (await guard.verify(created.token)).key_id == created.key.id
+
+
+async def test_a_guard_is_opened_by_the_first_token(database_url: str) -> None:
+    """A guard that nobody opened opens itself, once, however many tokens come at once."""
+    async with new_guard(database_url) as first:
+        created = await create(first)
+    guard = new_guard(database_url)
+    found = await asyncio.gather(*(guard.verify(created.token) for _ in range(20)))
+    assert {key.key_id for key in found} == {created.key.id}
+    assert len(execute(database_url, select(schema.workers))) == 1
     await guard.close()
+    assert execute(database_url, select(schema.workers)) == []
+
+
+async def test_a_guard_closed_while_it_opens_is_closed(database_url: str) -> None:
+    """Closing waits for the opening that is under way, and leaves neither tasks nor register."""
+    tasks = asyncio.all_tasks()
+    guard = new_guard(database_url)
+    token = "tfm_k_" + "0" * 48
+    first = asyncio.create_task(guard.verify(token))
+    while guard._opening is None:  # noqa: SLF001  # the moment that this is about
+        await asyncio.wait({first}, timeout=0)
+    await guard.close()
+    with pytest.raises((InvalidToken, Unavailable)):
+        await first
+    assert "closed" in repr(guard)
+    with pytest.raises(Unavailable) as caught:
+        await guard.verify(token)
+    assert caught.value.reason == "the guard is closed"
+    assert asyncio.all_tasks() == tasks
+    assert execute(database_url, select(schema.workers)) == []
 
 
 def prefixes(*wanted: bytes) -> Callable[[int], bytes]:
@@ -335,48 +413,17 @@ async def test_the_same_randomness_makes_the_same_prefixes(
     assert tokens[0][46:] != tokens[1][46:]
 
 
-class Verifying:
-    """A verifier beside a guard, whose argon2 computations can be counted."""
-
-    def __init__(self, url: str, *secrets: str, accept_untagged: bool = False) -> None:
-        self._store = Store(url, pool_size=2, clock=SystemClock())
-        self._secrets = [secret.encode() for secret in secrets]
-        self._accept_untagged = accept_untagged
-        self.hashing = Hashing(HashingProfile(1, 8, 1))
-
-    async def __aenter__(self) -> Self:
-        installation = await self._store.open()
-        self.digest_keys = DigestKeys.from_secrets(self._secrets or [installation.root_secret])
-        self._verifier = Verifier(
-            store=self._store,
-            hashing=self.hashing,
-            tagger=Tagger(installation.tag_key),
-            digest_keys=self.digest_keys,
-            realm="api",
-            accept_untagged=self._accept_untagged,
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.hashing.close()
-        await self._store.close()
-
-    async def verify(self, token: str) -> VerifiedKey:
-        """Verify as a guard does."""
-        return await self._verifier.verify(token.encode())
-
-
 async def test_a_digest_spares_argon2(guard: Guard, database_url: str) -> None:
     """A key with a digest is accepted and refused without computing any argon2."""
     created = await create(guard)
-    async with Verifying(database_url) as verifying:
-        assert (await verifying.verify(created.token)).key_id == created.key.id
-        # The hash still proves the token, but a different digest is a final no.
-        change_row(database_url, created.key.id, digest=bytes(16))
-        with pytest.raises(InvalidToken) as caught:
-            await verifying.verify(created.token)
-        assert caught.value.reason == "wrong secret"
-        assert verifying.hashing.computed == 0
+    async with new_guard(database_url) as another:
+        assert (await another.verify(created.token)).key_id == created.key.id
+        assert another.counters.hashes == 0
+    # The hash still proves the token, but a different digest is a final no.
+    change_row(database_url, created.key.id, digest=bytes(16))
+    async with new_guard(database_url) as another:
+        assert await reason_of_refusal(another, created.token) == "wrong secret"
+        assert another.counters.hashes == 0
 
 
 @pytest.mark.parametrize(
@@ -393,43 +440,89 @@ async def test_argon2_decides_once(guard: Guard, database_url: str, lost: dict[s
     created, other = await create(guard), await create(guard)
     before = row_of(database_url, created.key.id)
     change_row(database_url, created.key.id, **lost)
-    async with Verifying(database_url) as verifying:
-        for _ in range(3):
-            assert (await verifying.verify(created.token)).key_id == created.key.id
-        assert verifying.hashing.computed == 1
+    for hashes in (1, 0):
+        async with new_guard(database_url) as another:
+            for _ in range(3):
+                assert (await another.verify(created.token)).key_id == created.key.id
+            assert another.counters.hashes == hashes
     assert row_of(database_url, created.key.id) == before
     assert len(execute(database_url, select(schema.changes))) == 2
     assert other.key in await guard.keys.list("acme")
 
 
 async def test_a_database_that_takes_no_writes_still_proves_keys(postgres_url: str) -> None:
-    """On a read-only server argon2 proves each time what cannot be renewed; nobody is refused."""
-    async with new_guard(postgres_url) as guard:
+    """On a server that became read-only argon2 proves what cannot be renewed; nobody is refused."""
+    clock = ManualClock()
+    async with new_guard(postgres_url, clock=clock) as guard:
         created = await create(guard)
-    change_row(postgres_url, created.key.id, digest=None)
-    name = postgres_url.rpartition("/")[2]
-    execute(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    async with Verifying(postgres_url) as verifying:
+        change_row(postgres_url, created.key.id, digest=None)
+        name = postgres_url.rpartition("/")[2]
+        execute(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        hang_up = """SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+            WHERE application_name = 'tfm-guard' AND datname = current_database()"""
+        assert execute(postgres_url, hang_up)
         for _ in range(2):
-            assert (await verifying.verify(created.token)).key_id == created.key.id
-        assert verifying.hashing.computed == 2
+            assert (await guard.verify(created.token)).key_id == created.key.id
+        # One to create the key, one to prove it; then memory knows.
+        assert guard.counters.hashes == 2
+        await clock.pass_time(2)
+        # Such a server may be behind: reading its feed renews no lease, and each time it is asked.
+        for hashes in (3, 4):
+            assert (await guard.verify(created.token)).key_id == created.key.id
+            assert guard.counters.hashes == hashes
+    assert row_of(postgres_url, created.key.id).digest is None
 
 
-async def test_renewing_a_digest_holds_up_nobody_for_long(sqlite_url: str) -> None:
-    """While another program writes for long, a key without a digest is accepted within 1.5 s."""
+async def test_renewing_a_digest_holds_up_nobody(sqlite_url: str) -> None:
+    """While another program writes, keys without a digest are accepted, and renewed afterwards."""
+    async with new_guard(sqlite_url, plans={"free": 3}) as guard:
+        created = [await create(guard) for _ in range(3)]
+    execute(sqlite_url, keys.update().values(digest=None))
     async with new_guard(sqlite_url) as guard:
-        created = await create(guard)
-    change_row(sqlite_url, created.key.id, digest=None)
-    async with Verifying(sqlite_url) as verifying:
         writer = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)
         writer.execute("BEGIN IMMEDIATE")
-        async with asyncio.timeout(1.5):
-            assert (await verifying.verify(created.token)).key_id == created.key.id
+        # A single write that waits takes longer.
+        async with asyncio.timeout(4):
+            for key in created:
+                assert (await guard.verify(key.token)).key_id == key.key.id
+        assert [row_of(sqlite_url, key.key.id).digest for key in created] == [None] * 3
         writer.execute("ROLLBACK")
         writer.close()
-        await verifying.verify(created.token)
-        await verifying.verify(created.token)
-        assert verifying.hashing.computed == 2
+    assert None not in [row_of(sqlite_url, key.key.id).digest for key in created]
+    async with new_guard(sqlite_url) as guard:
+        for key in created:
+            await guard.verify(key.token)
+        assert guard.counters.hashes == 0
+
+
+async def test_a_revoked_key_costs_one_argon2(guard: Guard, database_url: str) -> None:
+    """A revoked key with a digest of an unknown key is refused for good after one argon2."""
+    created = await create(guard)
+    await guard.keys.revoke("acme", created.key.id)
+    change_row(database_url, created.key.id, digest_key_id="0011223344556677")
+    for hashes in (1, 0):
+        async with new_guard(database_url) as another:
+            for _ in range(5):
+                assert await reason_of_refusal(another, created.token) == "revoked"
+            assert another.counters.hashes == hashes
+    # Not even where nothing is remembered.
+    for _ in range(3):
+        async with new_guard(database_url) as another:
+            assert await reason_of_refusal(another, created.token) == "revoked"
+            assert another.counters.hashes == 0
+
+
+async def test_a_hash_that_asks_for_the_machine_is_not_computed(
+    guard: Guard, database_url: str
+) -> None:
+    """A row whose argon2 wants 1 GiB ten times over refuses its token without computing it."""
+    created, other = await create(guard), await create(guard)
+    greedy = "$argon2id$v=19$m=1048576,t=10,p=1$c2FsdHNhbHRzYWx0$MDEyMzQ1Njc4OWFiY2RlZg"
+    change_row(database_url, created.key.id, digest=None, secret_hash=greedy)
+    async with new_guard(database_url) as another:
+        assert await reason_of_refusal(another, created.token) == "wrong secret"
+        assert (await another.verify(other.token)).key_id == other.key.id
+        assert another.counters.hashes == 0
 
 
 async def test_argon2_can_say_no(guard: Guard, database_url: str) -> None:
@@ -437,10 +530,11 @@ async def test_argon2_can_say_no(guard: Guard, database_url: str) -> None:
     created, other = await create(guard), await create(guard)
     secret_hash = row_of(database_url, other.key.id).secret_hash
     change_row(database_url, created.key.id, digest=None, secret_hash=secret_hash)
-    async with Verifying(database_url) as verifying:
-        with pytest.raises(InvalidToken):
-            await verifying.verify(created.token)
-        assert verifying.hashing.computed == 1
+    async with new_guard(database_url) as another:
+        for _ in range(3):
+            assert await reason_of_refusal(another, created.token) == "wrong secret"
+        # The second time the token is known to prove nothing.
+        assert (another.counters.hashes, another.counters.negative_hits) == (1, 2)
     assert row_of(database_url, created.key.id).digest is None
 
 
@@ -452,24 +546,43 @@ async def test_old_secrets_keep_working(database_url: str) -> None:
     async with new_guard(database_url, secrets=[OLD]) as guard:
         created = await create(guard)
     for secrets in ([OLD], [NEW, OLD], [NEW], [NEWEST, OLD, NEW], [NEWEST]):
-        async with Verifying(database_url, *secrets) as verifying:
-            assert (await verifying.verify(created.token)).key_id == created.key.id
-            assert verifying.hashing.computed == 0
-            current = verifying.digest_keys.current
+        async with new_guard(database_url, secrets=secrets) as guard:
+            assert (await guard.verify(created.token)).key_id == created.key.id
+            assert guard.counters.hashes == 0
+        current = DigestKeys.from_secrets([secret.encode() for secret in secrets]).current
         row = row_of(database_url, created.key.id)
         assert row.digest_key_id == current.id
         assert row.digest == current.digest(created.token.encode())
 
 
 async def test_forgotten_secrets_cost_one_argon2(database_url: str) -> None:
-    """A secret replaced at once refuses nobody; neither does going back to the database's own."""
+    """A secret replaced at once refuses nobody, and costs each key one argon2."""
     async with new_guard(database_url, secrets=[OLD]) as guard:
         created = await create(guard)
-    for secrets in ([NEW], [], [OLD]):
-        async with Verifying(database_url, *secrets) as verifying:
-            await verifying.verify(created.token)
-            await verifying.verify(created.token)
-            assert verifying.hashing.computed == 1
+    for secrets in ([NEW], [OLD]):
+        for hashes in (1, 0):
+            async with new_guard(database_url, secrets=secrets) as guard:
+                for _ in range(2):
+                    assert (await guard.verify(created.token)).key_id == created.key.id
+                assert guard.counters.hashes == hashes
+
+
+async def test_the_databases_own_secret_is_always_believed(database_url: str) -> None:
+    """Moving from the database's own secret to others, and on, costs no argon2."""
+    async with new_guard(database_url) as guard:
+        created, late = await create(guard), await create(guard)
+    for secrets in ([NEW], [NEWEST, NEW], [NEWEST]):
+        async with new_guard(database_url, secrets=secrets) as guard:
+            assert (await guard.verify(created.token)).key_id == created.key.id
+            assert guard.counters.hashes == 0
+    # Long after the move, a key that was not used meanwhile.
+    async with new_guard(database_url, secrets=[NEWEST]) as guard:
+        assert (await guard.verify(late.token)).key_id == late.key.id
+        assert guard.counters.hashes == 0
+    assert (
+        row_of(database_url, late.key.id).digest_key_id
+        == DigestKeys.from_secrets([NEWEST.encode()]).current.id
+    )
 
 
 @pytest.mark.parametrize("digits", [32, 40])
@@ -479,18 +592,17 @@ async def test_untagged_tokens_are_taken_only_where_allowed(
     """A key imported from before the tag works where the deployment says so, and nowhere else."""
     token = "tfm_k_" + "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"[:digits]
     created = await create(guard)
-    async with Verifying(database_url, accept_untagged=True) as verifying:
-        row = row_of(database_url, created.key.id)._asdict()
-        row |= {"id": uuid4(), "prefix": "0a1b2c3d", "digest": None, "digest_key_id": None}
-        row |= {"secret_hash": await verifying.hashing.hash(token.encode())}
-        execute(database_url, insert(keys).values(row))
-        assert (await verifying.verify(token)).key_prefix == "0a1b2c3d"
-        with pytest.raises(InvalidToken, match="not valid"):
-            await verifying.verify(token[:-1] + "0")
-        # A token of today's length is held to its tag all the same.
-        with pytest.raises(InvalidToken) as caught:
-            await verifying.verify(token[:14] + "0" * 40)
-        assert caught.value.reason == "tag does not match"
+    row = row_of(database_url, created.key.id)._asdict()
+    row |= {"id": uuid4(), "prefix": "0a1b2c3d", "digest": None, "digest_key_id": None}
+    row |= {"secret_hash": PasswordHasher(1, 8, 1).hash(token)}
+    execute(database_url, insert(keys).values(row))
+    for hashes in (1, 0):
+        async with new_guard(database_url, accept_untagged_tokens=True) as lenient:
+            verified = await lenient.verify(token)
+            assert (verified.key_prefix, verified.account_id) == ("0a1b2c3d", "acme")
+            assert await reason_of_refusal(lenient, token[:-1] + "0") == "wrong secret"
+            assert lenient.counters.hashes == hashes
+            # A token of today's length is held to its tag all the same.
+            forged = token[:6] + "ffffffff" + "0" * 40
+            assert await reason_of_refusal(lenient, forged) == "tag does not match"
     assert await reason_of_refusal(guard, token) == "not of the form of a key"
-    async with new_guard(database_url, accept_untagged_tokens=True) as lenient:
-        assert (await lenient.verify(token)).account_id == "acme"

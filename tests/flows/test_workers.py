@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.api import EMAIL, call, first_token
-from tests.support.servers import process_family
+from tests.support.redis import RedisServer
+from tests.support.servers import process_family, wait_until
 from tests.support.sql import execute
 from tests.support.uvicorn_process import UvicornProcess
 
@@ -62,6 +63,28 @@ def test_the_example_answers_each_path_exactly(
     """Only /healthz needs no key; a path without its last slash is another path, no redirect."""
     url, valid = example
     assert call(url, method, path, token=valid if token else None).status == expected
+
+
+@pytest.mark.parametrize("path", ["/v1/emails/", "/v1/api-keys/"])
+def test_a_wrong_method_is_answered_like_every_error(example: tuple[str, str], path: str) -> None:
+    """A 405 of the example and one of the management API have the same form, and name Allow."""
+    url, valid = example
+    answer = call(url, "PUT", path, token=valid)
+    assert answer.status == 405
+    assert set(answer.json["detail"]) == {"code", "message"}
+    assert answer.json["detail"]["code"] == "method_not_allowed"
+    assert "POST" in str(answer.headers["allow"])
+
+
+def test_the_example_uses_the_redis_that_its_variable_names(
+    sqlite_url: str, redis_server: RedisServer
+) -> None:
+    """With TFM_GUARD_REDIS_URL set, a key that was used is found in that Redis."""
+    variables = {"TFM_GUARD_DATABASE_URL": sqlite_url, "TFM_GUARD_REDIS_URL": redis_server.url}
+    with UvicornProcess(env=variables) as server, redis_server.client() as client:
+        token = first_token(sqlite_url)
+        assert call(server.url, "POST", "/v1/emails/", token=token, body=EMAIL).status == 202
+        wait_until(lambda: bool(client.keys("tfm:*")), what="an entry in Redis")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import ast
 import asyncio
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -12,6 +12,14 @@ from typing import Any, NamedTuple
 import tfm_guard
 
 SOURCE = Path(tfm_guard.__file__).parent
+# What a guard does by itself, however requests fare: by which functions.
+BACKGROUND = {
+    "Freshness._poll_for_ever",
+    "Freshness._record_seen",
+    "Verifier._renew_digest",
+    "SharedCache._write_fills",
+    "Breaker._probe_until_closed",
+}
 
 
 class Place(NamedTuple):
@@ -33,6 +41,7 @@ class Disturbance:
         self._number = number
         self._make_error = make_error
         self.waits: list[tuple[Place, ...]] = []  # where the package's own code stood, each time
+        self.struck: tuple[Place, ...] = ()  # the same, where the error was thrown
         self.over = False
 
     def error_for(self, waiting: Any) -> BaseException | None:
@@ -40,7 +49,10 @@ class Disturbance:
         if self.over:
             return None
         self.waits.append(tuple(_places(waiting)))
-        return self._make_error() if len(self.waits) == self._number else None
+        if len(self.waits) != self._number:
+            return None
+        self.struck = self.waits[-1]
+        return self._make_error()
 
 
 _disturbance: ContextVar[Disturbance | None] = ContextVar("disturbance", default=None)
@@ -76,12 +88,20 @@ class _Disturbed(Coroutine[Any, Any, Any]):
 
 @contextmanager
 def disturbing(disturbance: Disturbance) -> Iterator[None]:
-    """Disturb every task that is started inside, and those that these start."""
+    """Disturb every task that is started inside, and those that these start.
+
+    Those in `BACKGROUND` are let be: no request waits for them.
+    """
     loop = asyncio.get_running_loop()
 
     def start(
         loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any
     ) -> "asyncio.Task[Any]":
+        if coroutine.__qualname__ in BACKGROUND:
+            # Nor are the tasks that it starts in its turn.
+            options["context"] = context = copy_context()
+            context.run(_disturbance.set, None)
+            return asyncio.Task(coroutine, loop=loop, **options)
         found = _disturbance.get()
         return asyncio.Task(
             coroutine if found is None else _Disturbed(coroutine, found), loop=loop, **options

@@ -5,6 +5,7 @@ does, its refusal is the right answer.
 """
 
 import asyncio
+import math
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -17,6 +18,7 @@ from starlette.types import Message, Scope
 
 from tests.http.guarded_app import Observed, make_app
 from tests.http.support import Answer, bearer, call, http_scope, make_guard, seed
+from tests.support.guards import freshness_of, prepare
 from tests.support.uvicorn_process import HttpParser, UvicornProcess
 from tfm_guard import APIKeyMiddleware
 from tfm_guard.bearer import read_token
@@ -51,8 +53,9 @@ EVERYWHERE: Final = (*WIRES, "direct")
 class Case(NamedTuple):
     """One request: its *headers* as they are sent, and the answer *expected* to it.
 
-    *but* holds the answers where they differ, *queries* how often the database may be asked, and
-    *on* where the request is possible. `<good>` and the like stand for tokens.
+    *but* holds the answers where they differ, *queries* how often the database is asked where
+    nothing is remembered, and *on* where the request is possible. `<good>` and the like stand for
+    tokens.
     """
 
     id: str
@@ -360,7 +363,7 @@ def reaches_app(expected: Expected) -> bool:
 
 
 def queries(expected: Expected, case: Case) -> int:
-    """Return how often the database may be asked: not at all, where no token was found."""
+    """Return how often the database is asked at most: not at all, where no token was found."""
     return case.queries if expected.code != "missing_credentials" and expected.status else 0
 
 
@@ -373,8 +376,12 @@ class Seeded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Seeded:
-    """Make one database with keys of every kind for the whole module, which only reads it."""
+    """Make one database with keys of every kind for the whole module, which only reads it.
+
+    Its guards may believe what they remember for ever, and ask for changes never.
+    """
     url = f"sqlite:///{tmp_path_factory.mktemp('bad_inputs')}/keys.db"
+    asyncio.run(prepare(url))
     return Seeded(url, with_variants(asyncio.run(seed(url))))
 
 
@@ -422,11 +429,25 @@ class Direct(NamedTuple):
 
 @pytest.fixture
 async def direct(seeded: Seeded) -> AsyncIterator[Direct]:
-    """Guard an app in this process."""
+    """Guard an app in this process, which believes nothing that it remembers."""
     observed = Observed()
     async with make_guard(seeded.url) as guard:
         app = make_app(guard, observed)
+        freshness_of(guard).fresh_until = -math.inf
         observed.queries = 0
+        yield Direct(app, observed, seeded.tokens)
+    observed.stop()
+
+
+@pytest.fixture
+async def remembering(seeded: Seeded) -> AsyncIterator[Direct]:
+    """Guard an app in this process, which remembers what there is to know about every token."""
+    observed = Observed()
+    async with make_guard(seeded.url) as guard:
+        app = make_app(guard, observed)
+        for value in seeded.tokens.values():
+            await call(app, http_scope(headers=bearer(value)))
+        observed.queries = observed.calls = 0
         yield Direct(app, observed, seeded.tokens)
     observed.stop()
 
@@ -440,7 +461,7 @@ async def test_over_a_socket(servers: dict[str, Server], server: str, case: Case
     check(read_answer(raw), expected, case)
     after = await servers[server].observed()
     assert after.calls - before.calls == reaches_app(expected)
-    assert after.queries - before.queries == queries(expected, case)
+    assert after.queries - before.queries <= queries(expected, case)
 
 
 @pytest.mark.parametrize("case", DIRECT)
@@ -450,6 +471,15 @@ async def test_called_directly(direct: Direct, case: Case) -> None:
     check(await call(direct.app, direct.scope(case)), expected, case)
     assert direct.observed.calls == reaches_app(expected)
     assert direct.observed.queries == queries(expected, case)
+
+
+@pytest.mark.parametrize("case", DIRECT)
+async def test_called_directly_from_memory(remembering: Direct, case: Case) -> None:
+    """It answers alike from memory; only keys of suspended accounts are never remembered."""
+    expected = case.but.get("direct", case.expected)
+    check(await call(remembering.app, remembering.scope(case)), expected, case)
+    assert remembering.observed.calls == reaches_app(expected)
+    assert remembering.observed.queries == (case.id == "token-suspended")
 
 
 @pytest.mark.parametrize("root_path", ["/v", "/v1", "/health", "/api"])

@@ -1,6 +1,7 @@
 """Where a token must never be seen: logs, errors, answers, and the database."""
 
 import logging
+import math
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,16 @@ from sqlalchemy import MetaData, select
 
 from tests.http.guarded_app import Observed, make_app
 from tests.http.support import Answer, bearer, call, database_gone, http_scope, make_guard
+from tests.support.guards import (
+    freshness_of,
+    local_of,
+    prepare,
+    shared_of,
+    verifier_of,
+    written,
+)
 from tests.support.postgres import PostgresServer
+from tests.support.redis import RedisServer
 from tests.support.sql import engine_for, execute
 from tfm_guard import APIKeyMiddleware, Guard
 from tfm_guard.errors import GuardError
@@ -76,6 +86,15 @@ def look_at_files(canary: Canary, folder: Path) -> None:
         canary.look(path.read_bytes())
 
 
+def look_at_redis(canary: Canary, server: RedisServer) -> int:
+    """Let *canary* look at every name and value in Redis, and return how many there are."""
+    with server.client() as client:
+        values = {name: client.get(name) for name in client.scan_iter()}
+    for name, value in values.items():
+        canary.look(name, value)
+    return len(values)
+
+
 async def ask(canary: Canary, app: APIKeyMiddleware, path: str = "/v1/x") -> list[int]:
     """Send the token in all ways, right and wrong, and return the answers' statuses."""
     token = canary.token
@@ -106,6 +125,22 @@ async def verify(canary: Canary, guard: Guard) -> None:
         canary.look(error, error.args, vars(error), *traceback.format_exception(error))
 
 
+async def ask_all_places(
+    canary: Canary, app: APIKeyMiddleware, guard: Guard, server: RedisServer
+) -> None:
+    """Have the token accepted as the database says, from memory, and from Redis; look there."""
+    for _ in range(2):
+        assert await ask(canary, app) == [200, *REFUSED]
+    await written(shared_of(guard))
+    assert look_at_redis(canary, server) >= 1
+    async with make_guard(guard.settings.database_url, redis=server.url) as other:
+        observed = Observed()
+        assert await ask(canary, make_app(other, observed)) == [200, *REFUSED]
+        observed.stop()
+        assert other.counters.shared_hits == 1
+        canary.look(verifier_of(other), local_of(other), shared_of(other), other.counters)
+
+
 REFUSED = [401, 401, 401, 400, 400, 401, 401, 401, 401, 401]
 
 
@@ -113,11 +148,13 @@ async def test_a_token_is_nowhere(
     database_url: str,
     tmp_path: Path,
     postgres_server: PostgresServer,
+    redis_server: RedisServer,
     all_logs: pytest.LogCaptureFixture,
 ) -> None:
-    """No log, error, later answer or cell of the database holds a token's secret, ever."""
+    """No log, error, later answer, cell of the database or value in Redis holds a secret, ever."""
     observed = Observed()
-    async with make_guard(database_url) as guard:
+    await prepare(database_url)
+    async with make_guard(database_url, redis=redis_server.url) as guard:
         app, api = make_app(guard, observed), guard.management_app()
         manager = await guard.keys.create(
             account_id="acme", name="manager", scopes=["send", "api-keys:read", "api-keys:write"]
@@ -131,8 +168,10 @@ async def test_a_token_is_nowhere(
         canary.seen.clear()
         canary.look(guard, manager, app, api)
 
-        # Accepted; then where argon2 decides; then where the scope is missing.
-        assert await ask(canary, app) == [200, *REFUSED]
+        await ask_all_places(canary, app, guard, redis_server)
+
+        # From now on the database is asked. Then argon2 decides; then the scope is missing.
+        freshness_of(guard).fresh_until = -math.inf
         execute(database_url, "UPDATE tfm_keys SET digest = NULL, digest_key_id = NULL")
         assert await ask(canary, app) == [200, *REFUSED]
         await verify(canary, guard)
@@ -160,6 +199,7 @@ async def test_a_token_is_nowhere(
         await verify(canary, guard)
         canary.look(await call(api, http_scope("DELETE", path, bearer(manager.token))))
         assert look_at_tables(canary, database_url) > 10
+        assert look_at_redis(canary, redis_server) >= 1
     observed.stop()
     look_at_files(canary, tmp_path)
     look_at_logs(canary, all_logs)

@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from tests.http.disturbance import Disturbance, Place, disturbing, reachable
 from tests.http.support import bearer, http_scope, make_guard, seed
+from tests.support.guards import prepare, shared_of, written
+from tests.support.redis import RedisServer
 from tests.support.sql import execute
 from tfm_guard import APIKeyMiddleware, Guard
 
@@ -50,11 +52,11 @@ class Request:
 class Setting:
     """A guard that is not open yet, before an app that notes whom it was reached by."""
 
-    def __init__(self, url: str, tokens: dict[str, bytes]) -> None:
+    def __init__(self, url: str, tokens: dict[str, bytes], redis: str | None) -> None:
         self.tokens = tokens
         self.reached: list[Scope] = []
         # One connection: a second request is answered only if the first has given it back.
-        self.guard: Guard = make_guard(url, database_pool_size=1)
+        self.guard: Guard = make_guard(url, redis=redis, database_pool_size=1)
         self.app = APIKeyMiddleware(self._protected, guard=self.guard)
 
     async def _protected(self, scope: Scope, _receive: Receive, _send: Send) -> None:
@@ -80,6 +82,8 @@ class Kind:
     # After another request, which is about to open the guard.
     second: bool = False
     websocket: bool = False
+    # With Redis, which knows the key, or does not.
+    shared: Literal["hit", "miss"] | None = None
     # Where the server cannot send an HTTP response to a WebSocket.
     extensions: Mapping[str, Mapping[str, str]] = field(
         default_factory=lambda: {"websocket.http.response": {}}
@@ -93,22 +97,51 @@ KINDS: Final = {
     "websocket": Kind("revoked", websocket=True),
     "websocket closed": Kind("revoked", websocket=True, extensions={}),
     "empty": Kind("good", empty=True),
+    "shared hit": Kind("good", accepted=True, shared="hit"),
+    "shared miss": Kind("good", accepted=True, shared="miss"),
 }
 
 
-# Where requests come in, and what SQLAlchemy calls for them.
-STARTS: Final = ("http.middleware.APIKeyMiddleware.__call__", "store.database._connect_sqlite")
+# Where requests come in, and what is called for them by something that does not wait itself.
+STARTS: Final = (
+    "http.middleware.APIKeyMiddleware.__call__",
+    "store.database._connect_sqlite",
+    "reader.KeyReader._fly",
+    "reader.KeyReader._read_rows",
+    "coalescer.Coalescer._answer",
+    "shared_cache.SharedCache._read",
+    "shared_cache.SharedCache._probe",
+)
 # Functions of the same names as some that a request leads to.
 ELSEWHERE: Final = {
     "http.lifespan.run_lifespan": "no request: the server starts or ends",
     "guard.Guard.open": "Store.open is meant",
     "keys.KeyManager.list": "the type is meant",
     "store.store.Store.upgrade": "the function upgrade is meant",
+    "confirmation.Confirmation.wait": "asyncio.wait is meant",
+    "freshness.Freshness.poll": "Store.poll is meant",
+    "store.feed.head": "the column is meant",
+    "store.transaction.Transaction.head": "the column is meant",
+    "guard.Guard.close": "the others' close is meant",
+    "store.store.Store.close": "the guard's last close ends it",
+    "store.database.Database.close": "the guard's last close ends it",
+    "clock.SystemClock.sleep": "only what goes on in the background sleeps",
+    "testing.ManualClock.sleep": "only tests have it",
+    "store.feed.state_and_record": "only PostgreSQL is asked so",
+    "freshness.Freshness._poll_for_ever": "no request waits for it",
+    "freshness.Freshness._record_seen": "no request waits for it",
+    "verifier.Verifier._renew_digest": "no request waits for it",
+    "shared_cache.SharedCache._write_fills": "no request waits for it",
+    "shared_cache.Breaker._probe_until_closed": "no request waits for it",
 }
 # Where these requests never wait, and why.
 NEVER: Final = {
     (
         "http.middleware.APIKeyMiddleware.__call__",
+        "await self._pass_on(scope, receive, send)",
+    ): "no request: the server starts or ends",
+    (
+        "http.middleware.APIKeyMiddleware._pass_on",
         "await run_lifespan(self.app, self._guard, scope, receive, send)",
     ): "no request: the server starts or ends",
     (
@@ -120,9 +153,49 @@ NEVER: Final = {
         "async with asyncio.timeout(_OPENING_SECONDS):",
     ): "a timeout is entered and left at once",
     (
-        "store.store.Store.set_digest.run",
+        "store.store.Store.register_worker.run",
         "await self._begin(connection)",
     ): "only PostgreSQL is asked for the time",
+    (
+        "store.store.Store.poll.run",
+        "await feed.state_and_record(connection, worker_id, seen)",
+    ): "only PostgreSQL is asked so",
+    (
+        "verifier.Verifier.look_up",
+        "async with asyncio.timeout(DEADLINE_SECONDS):",
+    ): "a timeout is entered and left at once",
+    (
+        "verifier.Verifier.close",
+        "await asyncio.wait(self._renewals)",
+    ): "a guard that did not open has proven no key",
+    (
+        "freshness.Freshness._join",
+        "await self._store.unregister_worker(former)",
+    ): "only who was struck off has had a place before",
+    (
+        "reader.KeyReader.find",
+        "await self._board(prefix, sent_ones_too=False)",
+    ): "only for an unknown prefix that another asks for, too",
+    (
+        "shared_cache.SharedCache._read",
+        "async with asyncio.timeout(_TIMEOUT_SECONDS):",
+    ): "a timeout is entered and left at once",
+    (
+        "shared_cache.SharedCache._probe",
+        "async with asyncio.timeout(_TIMEOUT_SECONDS):",
+    ): "a timeout is entered and left at once",
+    (
+        "freshness.Freshness.stop",
+        "await asyncio.wait(self._tasks)",
+    ): "nothing runs before the last step of opening, which has succeeded",
+    (
+        "reader.KeyReader._fly",
+        "await asyncio.wait({after.landing})",
+    ): "only without a lease, while another reads the same key",
+    (
+        "reader.KeyReader._fly",
+        "await self._rows.get(prefix)",
+    ): "the second of the kind: only where a change has overtaken the read",
     (
         "store.store.Store._begin",
         "await connection.execute(_LIMITS)",
@@ -146,6 +219,7 @@ class Outcome:
     reached: list[Scope]
     error: BaseException | None
     waits: list[tuple[Place, ...]]
+    struck: tuple[Place, ...]  # where the error was thrown
 
 
 @asynccontextmanager
@@ -163,15 +237,20 @@ async def nothing_left() -> AsyncIterator[None]:
 class Stage:
     """Makes the same request again and again, each time with a new guard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, redis: RedisServer) -> None:
         self._folder = folder
+        self._redis = redis
         self._numbers = count()
         self._url = f"sqlite:///{folder}/keys.db"
         self._tokens: dict[str, bytes] = {}
 
     async def prepare(self) -> None:
-        """Make the keys."""
+        """Make the keys, one of which Redis knows."""
+        await prepare(self._url)
         self._tokens = await seed(self._url)
+        async with make_guard(self._url, redis=self._redis.url) as guard:
+            await guard.verify(self._tokens["good"])
+            await written(shared_of(guard))
 
     async def run(self, kind: Kind, disturbance: Disturbance) -> Outcome:
         """Make one request and disturb it, then see that the guard still works."""
@@ -179,8 +258,11 @@ class Stage:
         if not kind.empty:
             # So that argon2 has to decide, and the digest is to be stored.
             execute(url, "UPDATE tfm_keys SET digest = NULL, digest_key_id = NULL")
+        if kind.shared == "miss":
+            with self._redis.client() as client:
+                client.flushall()
         async with nothing_left():
-            setting = Setting(url, self._tokens)
+            setting = Setting(url, self._tokens, self._redis.url if kind.shared else None)
             outcome = await self._disturbed(setting, kind, disturbance)
             async with setting.guard:
                 after = setting.request("good")
@@ -204,13 +286,13 @@ class Stage:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         reached = [scope for scope in setting.reached if scope is request.scope]
         setting.reached.clear()
-        return Outcome(request, reached, error, disturbance.waits)
+        return Outcome(request, reached, error, disturbance.waits, disturbance.struck)
 
 
 @pytest.fixture
-async def stage(tmp_path: Path) -> Stage:
+async def stage(tmp_path: Path, redis_server: RedisServer) -> Stage:
     """Make a database with keys, on which requests can be made."""
-    stage = Stage(tmp_path)
+    stage = Stage(tmp_path, redis_server)
     await stage.prepare()
     return stage
 
@@ -218,11 +300,11 @@ async def stage(tmp_path: Path) -> Stage:
 def went_on(log: pytest.LogCaptureFixture) -> bool:
     """Tell whether somebody has said that the error was noted and did no harm.
 
-    SQLAlchemy does when it only tidied up, and then gives the connection up; the verifier does when
-    a key was proven and only its digest was not stored.
+    SQLAlchemy does when it only tidied up, and then gives the connection up; the shared cache does
+    when it cannot be used, and goes without.
     """
     return any(
-        record.name.startswith("sqlalchemy.pool") or record.name == "tfm_guard.verifier"
+        record.name.startswith("sqlalchemy.pool") or record.name == "tfm_guard.shared_cache"
         for record in log.records
         if record.levelno >= logging.WARNING
     )
@@ -238,7 +320,8 @@ def check_refused(outcome: Outcome, kind: Kind, log: pytest.LogCaptureFixture) -
     if outcome.reached:
         assert kind.accepted
         assert outcome.request.sent == []
-        assert went_on(log)
+        # Whatever is wrong with Redis, the database is asked.
+        assert went_on(log) or "shared_cache.py" in {place.file for place in outcome.struck}
     elif outcome.request.status != 503:
         assert kind.token == "revoked" or kind.empty
         if kind.extensions == {}:
@@ -285,14 +368,23 @@ async def test_an_exception_anywhere_lets_nothing_through(
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 async def test_a_cancellation_anywhere_lets_nothing_through(stage: Stage, kind: Kind) -> None:
-    """A cancellation at any await ends the request, and the next one is answered."""
+    """A cancellation at any await ends the request, or, of what it waits for, refuses it."""
     undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
     for number in numbers_to_try(kind, undisturbed.waits):
         outcome = await stage.run(kind, Disturbance(number, asyncio.CancelledError))
         if len(outcome.waits) < number:
             break
-        assert not outcome.reached
-        assert isinstance(outcome.error, asyncio.CancelledError)
+        if isinstance(outcome.error, asyncio.CancelledError):
+            assert not outcome.reached
+            continue
+        if outcome.reached:
+            # As if Redis were not there: the database was asked.
+            assert "shared_cache.py" in {place.file for place in outcome.struck}
+            continue
+        # Not the request was cancelled, but a task that it waits for.
+        assert outcome.error is None
+        assert "http/middleware.py" not in {place.file for place in outcome.struck}
+        assert outcome.request.sent
 
 
 async def test_every_await_of_the_guard_is_among_them(stage: Stage) -> None:
@@ -302,11 +394,11 @@ async def test_every_await_of_the_guard_is_among_them(stage: Stage) -> None:
         undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
         waits.update(undisturbed.waits)
     # And where only a request waits that something has gone wrong for.
-    kind = KINDS["accepted"]
-    undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
-    for place in dict.fromkeys(undisturbed.waits):
-        number = undisturbed.waits.index(place) + 1
-        waits.update((await stage.run(kind, Disturbance(number, InjectedError))).waits)
+    for kind in (KINDS["accepted"], KINDS["shared miss"]):
+        undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+        for place in dict.fromkeys(undisturbed.waits):
+            number = undisturbed.waits.index(place) + 1
+            waits.update((await stage.run(kind, Disturbance(number, InjectedError))).waits)
     seen = {place for places in waits for place in places}
     functions = reachable(*STARTS, stop=set(ELSEWHERE))
     places = {
@@ -314,6 +406,8 @@ async def test_every_await_of_the_guard_is_among_them(stage: Stage) -> None:
         for path, function in functions.items()
         for place, source in function.waits.items()
     }
+    unknown = {place for place in seen if not any(outer.holds(place) for outer in places)}
+    assert unknown == set()
     waited = {min((outer for outer in places if outer.holds(place)), key=extent) for place in seen}
     assert {places[place] for place in places.keys() - waited} == set(NEVER)
 

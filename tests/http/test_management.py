@@ -1,5 +1,6 @@
 """The management API, as programs see it."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -11,11 +12,16 @@ import httpx2
 import msgspec
 import pytest
 from sqlalchemy import insert, select
+from starlette.types import Message
 
 from tests.http.support import Answer, bearer, call, database_gone, http_scope, make_guard
+from tests.support.guards import prepare
 from tests.support.postgres import PostgresServer
+from tests.support.proxy import Proxy
 from tests.support.sql import execute
 from tfm_guard import Guard
+from tfm_guard.errors import InsufficientScope, InvalidToken
+from tfm_guard.http.management import CreatedKeyResponse
 from tfm_guard.records import ApiKey
 from tfm_guard.store import schema
 
@@ -413,11 +419,11 @@ async def test_the_audit_log_names_who_did_it(api: Api) -> None:
         .offset(before),
     )
     what = ("API key", "CI", created["id"], "Security")
-    meta = f'{{"key_prefix":"{created["key_prefix"]}","permissions":["send"]}}'
+    prefix = f'"key_prefix":"{created["key_prefix"]}"'
     manager, writer = (f"api_key:{api.keys[name].id}" for name in ("manager", "writer"))
     assert [tuple(row) for row in rows] == [
-        ("acme", manager, "api_key.created", *what, meta),
-        ("acme", writer, "api_key.revoked", *what, "{}"),
+        ("acme", manager, "api_key.created", *what, f'{{{prefix},"permissions":["send"]}}'),
+        ("acme", writer, "api_key.revoked", *what, f"{{{prefix}}}"),
     ]
 
 
@@ -446,3 +452,113 @@ async def test_without_its_database(api: Api, postgres_server: PostgresServer) -
             assert answer.header("www-authenticate") is None
             assert re.fullmatch("[1-9][0-9]*", answer.header("retry-after") or "")
     assert [(await api.call(*each, {"name": "CI"})).status for each in calls] == [200, 201, 204]
+
+
+def test_no_answer_shows_its_token_to_a_log() -> None:
+    """Neither the repr of the answer with a token, nor what the library rich prints, has it."""
+    answer = CreatedKeyResponse(
+        id=uuid4(),
+        name="CI",
+        key="tfm_k_00112233" + "a" * 40,
+        key_prefix="00112233",
+        permissions=["send"],
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    for shown in (repr(answer), repr(list(answer.__rich_repr__()))):
+        assert "00112233" in shown
+        assert "aaaa" not in shown
+
+
+SUCCESSOR = b'{"name":"CI","permissions":["api-keys:write"]}'
+
+
+async def test_a_caller_revoked_meanwhile_makes_no_key(api: Api) -> None:
+    """Who sends a body slowly and is revoked before its end gets 401, and leaves no successor."""
+    halfway, revoked = asyncio.Event(), asyncio.Event()
+    parts = [SUCCESSOR[:10], SUCCESSOR[10:]]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if len(parts) == 1:
+            halfway.set()
+            await revoked.wait()
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    def made() -> set[UUID]:
+        return {row.id for row in execute(api.url, select(schema.keys.c.id))}
+
+    assert made() == {key.id for key in api.keys.values()}
+    scope = http_scope("POST", KEYS, bearer(api.tokens["manager"]))
+    answering = asyncio.ensure_future(api.guard.management_app()(scope, receive, send))
+    await halfway.wait()
+    execute(
+        api.url,
+        schema.keys.update()
+        .where(schema.keys.c.id == api.keys["manager"].id)
+        .values(revoked_at=datetime.now(UTC)),
+    )
+    revoked.set()
+    await answering
+    assert sent[0]["status"] == 401
+    assert b"invalid_token" in sent[1]["body"]
+    assert made() == {key.id for key in api.keys.values()}
+
+
+@pytest.mark.parametrize(
+    ("values", "status"),
+    [
+        ({"expires_at": datetime(2020, 1, 1, tzinfo=UTC)}, 401),
+        ({"scopes": "api-keys:write"}, 403),
+        ({"account_id": "other"}, 401),
+    ],
+    ids=["expired", "narrowed", "of another account"],
+)
+async def test_a_caller_is_judged_when_the_key_is_made(
+    api: Api, values: dict[str, Any], status: int
+) -> None:
+    """What memory says of the caller does not count: the key is made by what the database says."""
+    assert (await api.call("GET")).status == 200  # so that it is remembered
+    row = schema.keys.update().where(schema.keys.c.id == api.keys["manager"].id)
+    execute(api.url, row.values(**values))
+    before = len(execute(api.url, select(schema.keys.c.id)))
+    assert (await api.create(name="CI", permissions=["send"])).status == status
+    assert len(execute(api.url, select(schema.keys.c.id))) == before
+
+
+async def test_a_caller_makes_keys_of_its_account_alone(api: Api) -> None:
+    """Nor does the application make a key for a caller that is of another account."""
+    caller = await api.guard.verify(api.tokens["other"])
+    with pytest.raises(InvalidToken):
+        await api.guard.keys.create(account_id="acme", name="CI", scopes=["send"], caller=caller)
+    with pytest.raises(InsufficientScope):
+        await api.guard.keys.create(
+            account_id="other", name="CI", scopes=["domains:read"], caller=caller
+        )
+    assert [key.name for key in await api.guard.keys.list("other")] == ["other"]
+
+
+async def test_a_deletion_whose_answer_was_lost_ends_well(
+    postgres_server: PostgresServer, postgres_url: str
+) -> None:
+    """With the connection reset right after COMMIT: 503, then 204 when asked again, not 404."""
+    await prepare(postgres_url)
+    async with Proxy(postgres_server.port) as proxy:
+        url = postgres_url.replace(f":{postgres_server.port}/", f":{proxy.port}/")
+        async with make_guard(url) as guard:
+            manager = await guard.keys.create(
+                account_id="acme", name="manager", scopes=["api-keys:write"]
+            )
+            doomed = await guard.keys.create(account_id="acme", name="CI")
+            await guard.verify(doomed.token)
+            proxy.lose_answer(b"COMMIT", after=b"revoked_at=")
+            scope = http_scope("DELETE", f"{KEYS}{doomed.key.id}", bearer(manager.token))
+            answers = [await call(guard.management_app(), scope) for _ in range(3)]
+            assert [answer.status for answer in answers] == [503, 204, 404]
+            assert int(answers[0].header("retry-after") or "") > 0
+            with pytest.raises(InvalidToken):
+                await guard.verify(doomed.token)
+    actions = execute(postgres_url, select(schema.audit.c.action).order_by(schema.audit.c.id))
+    assert [row.action for row in actions].count("api_key.revoked") == 1

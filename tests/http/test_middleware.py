@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -20,10 +21,13 @@ from starlette.routing import Mount, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.http.support import Answer, bearer, call, http_scope, make_guard, websocket_scope
+from tests.support.guards import prepare
 from tests.support.sql import execute
 from tests.support.uvicorn_process import UvicornProcess
 from tfm_guard import APIKeyMiddleware, Guard, VerifiedKey
 from tfm_guard.errors import ConfigurationError, InvalidToken
+from tfm_guard.settings import Settings
+from tfm_guard.testing import CHEAP_HASHING, ManualClock
 
 MISSING_BODY: Final = (
     b'{"detail":{"code":"missing_credentials","message":"This request needs an API key. '
@@ -152,10 +156,78 @@ async def test_a_fault_of_ours_is_503(
     execute(sqlite_url, "UPDATE tfm_keys SET expires_at = NULL")
     assert (await call(guarded, http_scope(headers=bearer(token)))).status == 200
     told = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
-    assert told == [
-        "keys cannot be verified now: ValueError: Invalid isoformat string: 'whenever'",
-        "keys can be verified again, after 3 failures",
-    ]
+    assert told == ["1 tokens could not be verified, the last: ValueError"]
+
+
+async def test_an_outage_is_one_line(sqlite_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """1,000 tokens that cannot be verified write one line, and another one 10 s later."""
+    clock = ManualClock()
+    settings = Settings.load({}, database_url=await prepare(sqlite_url), **CHEAP_HASHING)
+    async with Guard(settings, clock=clock) as guard:
+        created = await guard.keys.create(account_id="acme", name="CI")
+        execute(sqlite_url, "ALTER TABLE tfm_keys RENAME TO tfm_away")
+        guarded = APIKeyMiddleware(App(), guard=guard)
+
+        async def told() -> list[str]:
+            caplog.clear()
+            for _ in range(1_000):
+                answer = await call(guarded, http_scope(headers=bearer(created.token)))
+                assert answer.status == 503
+            records = [record for record in caplog.records if record.levelno > logging.INFO]
+            return [record.getMessage() for record in records]
+
+        cause = "the last: database: OperationalError: no such table: tfm_keys"
+        assert await told() == [f"1 tokens could not be verified, {cause}"]
+        clock.advance(9.9)
+        assert await told() == []
+        clock.advance(0.2)
+        assert await told() == [f"2000 tokens could not be verified, {cause}"]
+
+
+async def test_another_file_in_its_place_is_no_database(sqlite_url: str, tmp_path: Path) -> None:
+    """With its file moved away, or another there, a valid key gets 503, and 200 when it is back."""
+    # Nothing is remembered, and no connection stays open.
+    await prepare(sqlite_url, lease=0)
+    file, away, elsewhere = (tmp_path / name for name in ("tfm_guard.db", "away", "elsewhere"))
+    for folder in (away, elsewhere):
+        folder.mkdir()
+
+    def move(source: Path, target: Path) -> None:
+        for path in source.glob("tfm_guard.db*"):
+            path.rename(target / path.name)
+
+    async with make_guard(sqlite_url) as guard:
+        created = await guard.keys.create(account_id="acme", name="CI")
+        guarded = APIKeyMiddleware(App(), guard=guard)
+
+        async def status() -> int:
+            return (await call(guarded, http_scope(headers=bearer(created.token)))).status
+
+        assert await status() == 200
+        move(tmp_path, away)
+        assert await status() == 503
+        assert not file.exists()
+        async with make_guard(sqlite_url) as other:
+            await other.keys.create(account_id="acme", name="CI")
+            assert await status() == 503
+        assert await status() == 503
+        move(tmp_path, elsewhere)
+        move(away, tmp_path)
+        assert await status() == 200
+
+
+async def test_a_server_that_takes_no_writes_stops_the_start(postgres_url: str) -> None:
+    """A database that is read-only is refused at the start, with what it says."""
+    async with make_guard(postgres_url) as guard:
+        await guard.keys.create(account_id="acme", name="CI")
+    name = postgres_url.rpartition("/")[2]
+    execute(postgres_url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    lifespan = Lifespan(APIKeyMiddleware(App(), guard=make_guard(postgres_url)))
+    task = asyncio.create_task(lifespan.run())
+    answer = await lifespan.tell("lifespan.startup")
+    await task
+    assert answer["type"] == "lifespan.startup.failed"
+    assert "read-only transaction" in answer["message"]
 
 
 @pytest.mark.parametrize("exempt", ["/health", ("health",), ("/health", "")])
@@ -471,7 +543,7 @@ async def test_a_database_that_is_not_there_stops_the_start() -> None:
     answer = await lifespan.tell("lifespan.startup")
     await task
     assert answer["type"] == "lifespan.startup.failed"
-    assert "unable to open database file" in answer["message"]
+    assert "/nowhere/keys.db: No such file or directory" in answer["message"]
 
 
 async def test_an_app_that_cannot_start_closes_the_guard(sqlite_url: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.endpoints import HTTPEndpoint
+from starlette.endpoints import HTTPEndpoint, WebSocketEndpoint
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -214,3 +214,51 @@ def test_an_endpoint_must_take_its_request() -> None:
 
         @requires("send")
         async def asynchronous_endpoint() -> None: ...
+
+
+@pytest.mark.parametrize("scopes", ["", "nope with blank", "Send", ["send", "a:b:c"], [""]])
+def test_what_is_no_scope_is_told_at_once(scopes: str | list[str]) -> None:
+    """A scope that no key can have is refused when the endpoint is decorated."""
+    with pytest.raises(ConfigurationError, match="is no scope: use lowercase letters"):
+        requires(scopes)
+
+
+class Callable:
+    """An object that can be called like an endpoint."""
+
+    async def __call__(self, request: Request) -> Response:
+        return PlainTextResponse(request.user.name)
+
+
+def test_an_object_is_no_endpoint() -> None:
+    """An object that can be called is refused: frameworks do not call it as they do functions."""
+    with pytest.raises(ConfigurationError, match="decorate a function or a method"):
+        requires("send")(Callable())
+
+
+def test_a_websocket_endpoint_must_be_able_to_refuse() -> None:
+    """Refused are a sync WebSocket endpoint, and methods that come after the handshake."""
+    with pytest.raises(ConfigurationError, match="must be async"):
+
+        @requires("send")
+        def synchronous_endpoint(websocket: WebSocket) -> None: ...
+
+    with pytest.raises(ConfigurationError, match="decorate on_connect"):
+
+        class Late(WebSocketEndpoint):
+            @requires("send")
+            async def on_receive(self, websocket: WebSocket, data: str) -> None: ...
+
+
+async def test_a_websocket_that_was_accepted_is_closed(guard: Guard) -> None:
+    """Where the endpoint is called after the handshake, a key without the scope gets 1008."""
+
+    async def accept_first(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await by_websocket(websocket)
+
+    app = Starlette(routes=[WebSocketRoute("/websocket", accept_first)])
+    bad = await token_for(guard, "domains:read")
+    accepted, closed = await connect(APIKeyMiddleware(app, guard=guard), bad, denial=True)
+    assert accepted["type"] == "websocket.accept"
+    assert (closed["type"], closed["code"]) == ("websocket.close", 1008)

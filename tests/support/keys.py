@@ -3,7 +3,7 @@
 from datetime import datetime
 from uuid import uuid4
 
-from tfm_guard.records import ApiKey
+from tfm_guard.records import ApiKey, Change
 from tfm_guard.store import Store, Transaction
 
 
@@ -53,4 +53,11 @@ async def create_key(
     async def work(transaction: Transaction) -> ApiKey:
         return await insert_key(transaction, prefix, account_id=account_id, expires_at=expires_at)
 
-    return await store.transact(work)
+    key, _ = await store.transact(work)
+    return key
+
+
+async def revoke_key(store: Store, key: ApiKey) -> list[Change]:
+    """Revoke such a key, which was version 1, and return the changes that this made."""
+    _, changes = await store.transact(lambda t: t.revoke_key(key.id, key.key_prefix, 2))
+    return changes

@@ -18,23 +18,25 @@ __all__ = ["main"]
 @click.group(
     cls=Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="""Manage API keys in the database that TFM_GUARD_DATABASE_URL names.
+
+\b
+It is read from the environment alone, as it may hold a password:
+  sqlite:///FILE
+  postgresql://USER:PASSWORD@HOST/NAME
+""",
     epilog="""\b
 Exit codes:
   0  done
   1  refused or failed; stderr says why
   2  the command line could not be read
   3  the database cannot be used now; try again
+130  ended by Ctrl-C before it was done
 """,
 )
 @click.version_option(__version__, package_name="tfm-guard")
 def main() -> None:
-    r"""Manage API keys in the database that TFM_GUARD_DATABASE_URL names.
-
-    \b
-    It is read from the environment alone, as it may hold a password:
-      sqlite:///FILE
-      postgresql://USER:PASSWORD@HOST/NAME
-    """
+    """Manage API keys: the words for `--help` stand above."""
 
 
 for command in (accounts, db, demo, keys):

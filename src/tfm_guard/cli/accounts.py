@@ -4,6 +4,8 @@ import asyncio
 
 import click
 
+from tfm_guard.cli.failures import naming
+
 
 @click.group()
 def accounts() -> None:
@@ -19,8 +21,9 @@ def set_plan(account: str, plan: str) -> None:
     An account that was never mentioned is on the plan "free". Keys that exist stay, also where
     there are more of them than PLAN allows.
     """
-    asyncio.run(_set_plan(account, plan))
-    click.echo(f"Account {account!r} is on the plan {plan!r}.", err=True)
+    with naming(account_id="ACCOUNT", plan="PLAN"):
+        asyncio.run(_set_plan(account, plan))
+    click.echo(f'Account "{account}" is on the plan "{plan}".', err=True)
 
 
 async def _set_plan(account: str, plan: str) -> None:

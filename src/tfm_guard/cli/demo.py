@@ -1,4 +1,4 @@
-"""`tfm-guard demo`: the example served on this machine, and a key's life in five requests."""
+"""`tfm-guard demo`: the example served twice on this machine, and a key's life in requests."""
 
 import asyncio
 import http.client
@@ -10,21 +10,31 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import click
 
-from tfm_guard.cli.failures import Failure
+from tfm_guard.cli.failures import Failure, NotNow, failure, is_lasting
 from tfm_guard.clock import SystemClock
+from tfm_guard.errors import ConfigurationError, GuardError, SchemaError, Unavailable
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from tfm_guard.guard import Guard
+
+T = TypeVar("T")
+
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 _ACCOUNT: Final = "demo"
-_SECONDS: Final = 10.0  # within which the server answers, or the demo fails
-_WIDEST_PATH: Final = 21
+_FILE: Final = "demo.db"  # no name that an application's own database is likely to have
+_SECONDS: Final = 10.0  # within which a server answers, or the demo fails
+_CLOSING_SECONDS: Final = 3  # within which others' requests end
+_WIDEST_PATH: Final = 17
 
 # The example is one file. In a clone it stands in examples/, from where users copy it; building
 # the wheel puts that same file beside this one ("force-include" in pyproject.toml).
@@ -48,34 +58,71 @@ _EXAMPLES: Final = (
     show_default="a free one",
     help="The port to serve on, at 127.0.0.1.",
 )
+@click.option(
+    "--redis",
+    metavar="URL",
+    show_default="none",
+    help="A Redis for both servers. Without a password: others can read arguments.",
+)
 @click.option("--once", is_flag=True, help="Send the requests and end.")
-def demo(folder: Path | None, port: int, *, once: bool) -> None:
+def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> None:
     """Serve the example and send it the requests of a key's life.
+
+    Two servers share one database, as two processes of an application would. Each line shows where
+    the server that answered found the key: in its memory, in Redis, or in the database.
 
     Needs no database and no TFM_GUARD_DATABASE_URL: it uses a SQLite file of its own. Ends with
     Ctrl-C; its exit code is 1 if a request was not answered as it must be.
     """
-    # Ended in any way that can be noticed, it leaves nothing behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as undo:
+        _take_signals(undo)
         kept = "kept" if folder else "removed at the end"
         if folder is None:
-            folder = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="tfm-guard-demo-")))
+            folder = Path(_enter(undo, tempfile.TemporaryDirectory(prefix="tfm-guard-demo-")))
         _make_folder(folder)
-        url = f"sqlite:///{folder.absolute()}/tfm_guard.db"
-        listener = undo.enter_context(_listen(port))
-        host, port = listener.getsockname()
-        managing_token = asyncio.run(_managing_token(url))
-        server = undo.enter_context(_serve(_load_example(url), listener))
-        address = f"http://{host}:{port}"
-        click.echo(f"Serving the example at {address}, with its database in {folder} ({kept}).\n")
-        with closing(http.client.HTTPConnection(host, port, timeout=_SECONDS)) as connection:
-            _live_through(_Client(connection), managing_token)
-        click.echo("\nAll five were answered as they must be.")
+        listeners = [_enter(undo, _listen(number)) for number in (port, 0)]
+        with _in_our_words(folder):
+            _set_variables(folder, redis)
+            managing_token = _managing_token()
+            examples = [_load_example(), _load_example()]
+        pairs = zip(examples, listeners, strict=True)
+        servers = [_enter(undo, _serve(*pair)) for pair in pairs]
+        addresses = [f"http://127.0.0.1:{where.getsockname()[1]}" for where in listeners]
+        click.echo(
+            f"Serving the example at {addresses[0]} and, a second server, at {addresses[1]},\n"
+            f"with their database in {folder} ({kept}) and {_in_words_of_redis(redis)}.\n"
+        )
+        with ExitStack() as connections:
+            first, second = [
+                _Client(connections.enter_context(_connect(address)), example.guard)
+                for address, example in zip(addresses, examples, strict=True)
+            ]
+            _live_through(first, second, managing_token)
+        click.echo("\nAll eight were answered as they must be.")
         if not once:
-            _say_what_next(address, managing_token)
             with suppress(KeyboardInterrupt):
-                server.join()
+                _say_what_next(addresses[0], managing_token)
+                for server in servers:
+                    server.join()
+
+
+def _take_signals(undo: ExitStack) -> None:
+    """Have Ctrl-C and SIGTERM end the demo so that it leaves nothing behind.
+
+    Both may be ignored so far: shells start what runs in the background like that.
+    """
+    for number in _ENDING:
+        undo.callback(signal.signal, number, signal.getsignal(number))
+        signal.signal(number, signal.default_int_handler)
+
+
+def _enter(undo: ExitStack, context: AbstractContextManager[T]) -> T:
+    """Enter *context*, to be left at the end: signals wait, or one could come between the two."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        return undo.enter_context(context)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def _make_folder(folder: Path) -> None:
@@ -94,11 +141,46 @@ def _listen(port: int) -> socket.socket:
         ) from error
 
 
-async def _managing_token(url: str) -> str:
-    """Make the account's managing key, in place of those that earlier demos left in the folder."""
-    from tfm_guard import Guard
+@contextmanager
+def _in_our_words(folder: Path) -> Iterator[None]:
+    """Name what went wrong by the options of this command, not by settings nobody gave."""
+    place = f"--folder {folder}: "
+    try:
+        yield
+    except ConfigurationError as error:
+        faults = [fault.replace("TFM_GUARD_REDIS_URL", "--redis") for fault in error.faults]
+        raise Failure(*faults) from error
+    except SchemaError as error:
+        raise Failure(f"{place}{error}", "or choose another folder") from error
+    except Unavailable as error:
+        kind = Failure if is_lasting(error) else NotNow
+        raise kind(f"{place}{error.reason}", "or choose another folder") from error
+    except GuardError as error:
+        raise failure(error) from error
 
-    async with Guard.from_urls(database=url) as guard:
+
+def _set_variables(folder: Path, redis: str | None) -> None:
+    """Set the variables from which the example reads where its database and its Redis are."""
+    from sqlalchemy import URL
+
+    url = URL.create("sqlite", database=str(folder.absolute() / _FILE))
+    os.environ["TFM_GUARD_DATABASE_URL"] = url.render_as_string()
+    os.environ.pop("TFM_GUARD_REDIS_URL", None)
+    if redis is not None:
+        os.environ["TFM_GUARD_REDIS_URL"] = redis
+
+
+def _managing_token() -> str:
+    """Make the account's managing key, in place of those that earlier demos left in the folder."""
+    # In a thread: a signal then ends the wait for it, and not a coroutine in its middle.
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(asyncio.run, _make_managing_key()).result()
+
+
+async def _make_managing_key() -> str:
+    from tfm_guard.guard import Guard
+
+    async with Guard.from_environment() as guard:
         for left_over in await guard.keys.list(_ACCOUNT):
             await guard.keys.revoke(_ACCOUNT, left_over.id)
         created = await guard.keys.create(
@@ -110,29 +192,50 @@ async def _managing_token(url: str) -> str:
         return created.token
 
 
-def _load_example(url: str) -> "ASGIApp":
-    """Import the example, which reads where its database is from the environment."""
-    os.environ["TFM_GUARD_DATABASE_URL"] = url
+class _Example(NamedTuple):
+    app: "ASGIApp"
+    guard: "Guard"
+
+
+def _load_example() -> _Example:
+    """Import the example anew, with a guard of its own."""
     path = next((path for path in _EXAMPLES if path.exists()), None)
     spec = path and importlib.util.spec_from_file_location("tfm_guard_example", path)
     if not spec or not spec.loader:
         raise Failure("the example, mail_api.py, is not part of this installation")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    app: ASGIApp = module.app
-    return app
+    return _Example(module.app, module.guard)
+
+
+def _in_words_of_redis(redis: str | None) -> str:
+    if redis is None:
+        return "no Redis"
+    url = urlsplit(redis)  # which may hold a password all the same
+    return f"Redis at {url.hostname}:{url.port or 6379}"
+
+
+def _connect(address: str) -> "closing[http.client.HTTPConnection]":
+    url = urlsplit(address)
+    return closing(http.client.HTTPConnection(str(url.hostname), url.port, timeout=_SECONDS))
 
 
 @contextmanager
-def _serve(app: "ASGIApp", listener: socket.socket) -> Iterator[threading.Thread]:
-    """Serve *app* on *listener* from a thread until the end."""
+def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Thread]:
+    """Serve *example* on *listener* from a thread until the end."""
     try:
         import uvicorn
     except ModuleNotFoundError as error:
         raise Failure(
             "the demo needs a server, uvicorn: pip install 'tfm-guard[server]'"
         ) from error
-    config = uvicorn.Config(app, lifespan="on", log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        example.app,
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+    )
     server = uvicorn.Server(config)
 
     def run() -> None:
@@ -152,35 +255,38 @@ def _serve(app: "ASGIApp", listener: socket.socket) -> Iterator[threading.Thread
         thread.join()
 
 
-def _live_through(client: "_Client", managing_token: str) -> None:
-    """Send the five requests, in the order that makes the point."""
+def _live_through(first: "_Client", second: "_Client", managing_token: str) -> None:
+    """Send the eight requests, in the order that makes the point."""
     email = {
         "from_": {"email": "shop@example.com"},
         "to": [{"email": "customer@example.com"}],
         "subject": "Your receipt",
         "text": "Thank you.",
     }
-    client.exchange("GET", "/healthz")  # answered when the server is up, and exempt
-    send_email = ("POST", "/v1/emails/", email)
-    client.show("An email, without a key", *send_email, expect=(401, "missing_credentials"))
-    key = client.show(
-        "A new key, with the managing key",
+    for client in (first, second):
+        client.exchange("GET", "/healthz")  # answered when the server is up, and exempt
+    send = ("POST", "/v1/emails/", email)
+    first.show("An email, without a key", *send, expect=(401, "missing_credentials"))
+    key = first.show(
+        "A new key, by the managing key",
         *("POST", "/v1/api-keys/", {"name": "Shop", "permissions": ["send"]}, managing_token),
         expect=(201, None),
     )
-    client.show("The email, with the new key", *send_email, key["key"], expect=(202, None))
+    first.show("The email, with the new key", *send, key["key"], expect=(202, None))
+    first.show("The same again", *send, key["key"], expect=(202, None))
+    second.show("At the second server", *send, key["key"], expect=(202, None))
     path = f"/v1/api-keys/{key['id']}"
-    client.show("The new key is deleted", "DELETE", path, None, managing_token, expect=(204, None))
-    client.show(
-        "The email again, with that key", *send_email, key["key"], expect=(401, "invalid_token")
-    )
+    first.show("The new key is deleted", "DELETE", path, None, managing_token, expect=(204, None))
+    first.show("The email, with that key", *send, key["key"], expect=(401, "invalid_token"))
+    second.show("At the second server", *send, key["key"], expect=(401, "invalid_token"))
 
 
 class _Client:
-    """Sends requests to the demo's server over one *connection*."""
+    """Sends requests over one *connection* to the server that *guard* stands in."""
 
-    def __init__(self, connection: http.client.HTTPConnection) -> None:
+    def __init__(self, connection: http.client.HTTPConnection, guard: "Guard") -> None:
         self._connection = connection
+        self._counters = guard.counters
         self._clock = SystemClock()
 
     def show(
@@ -197,18 +303,25 @@ class _Client:
 
         Fails unless the status and, if it is an error, its code are those of *expect*.
         """
+        before = self._asked()
         started = self._clock.monotonic()
         response, content = self.exchange(method, path, body, token)
         milliseconds = (self._clock.monotonic() - started) * 1000
         answer = json.loads(content) if content.startswith(b"{") else {}
         came = (response.status, answer["detail"]["code"] if "detail" in answer else None)
         request = f"{method} {path if len(path) < _WIDEST_PATH else path[: _WIDEST_PATH - 1] + '…'}"
+        # A change is always made in the database, wherever the managing key was found.
+        source = "database" if "/api-keys/" in path else _source(before, self._asked())
         status = click.style(str(response.status), fg="green" if came == expect else "red")
         outcome = response.headers["www-authenticate"] or _outcome(answer)
-        click.echo(f"{what:34}{request:29}{status}{milliseconds:8.1f} ms   {outcome}")
+        click.echo(f"{what:32}{request:26}{status}{milliseconds:8.1f} ms   {source:10}{outcome}")
         if came != expect:
             raise Failure(f"{what}: expected {_in_words(expect)}, got {_in_words(came)}")
         return answer
+
+    def _asked(self) -> tuple[int, int]:
+        """Return how often the database was asked about keys, and how often Redis knew one."""
+        return self._counters.store_reads, self._counters.shared_hits
 
     def exchange(
         self, method: str, path: str, body: object = None, token: str | None = None
@@ -225,6 +338,13 @@ class _Client:
             raise Failure(f"{method} {path}: the server did not answer: {error}") from error
 
 
+def _source(before: tuple[int, int], after: tuple[int, int]) -> str:
+    (reads, hits), (reads_after, hits_after) = before, after
+    if reads_after > reads:
+        return "database"
+    return "Redis" if hits_after > hits else "memory"
+
+
 def _in_words(answer: tuple[int, str | None]) -> str:
     return " ".join(str(part) for part in answer if part)
 
@@ -234,7 +354,7 @@ def _outcome(answer: Any) -> str:
         return f"key {answer['key_prefix']}, may {' '.join(answer['permissions'])}"
     if "detail" in answer:
         return str(answer["detail"]["message"])
-    return f"email {answer['status']}" if "status" in answer else "refused from now on"
+    return f"email {answer['status']}" if "status" in answer else "refused everywhere"
 
 
 def _say_what_next(address: str, managing_token: str) -> None:

@@ -1,18 +1,37 @@
 """How a command that does not succeed says so, and with which exit code."""
 
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Final
 
 import click
 
-from tfm_guard.errors import ConfigurationError, GuardError, InvalidInput, Refusal, Unavailable
+from tfm_guard.errors import (
+    ConfigurationError,
+    GuardError,
+    InvalidInput,
+    Refusal,
+    Unavailable,
+)
 
-# Arguments of the library under the names that they have here.
-_OPTIONS: Final = {
-    "account_id": "account",
-    "scopes": "--scope",
-    "name": "--name",
-    "expires_at": "--expires-at",
-}
+_URL_VARIABLE: Final = "TFM_GUARD_DATABASE_URL"
+INTERRUPTED: Final = 130  # as shells have it for Ctrl-C
+
+# What databases say that will be so the next time too. SQLite's words, the operating system's, and
+# PostgreSQL's: the driver gives no code for a connection that the server turned down.
+_LASTING: Final = re.compile(
+    r"No such file or directory|Not a directory|Is a directory|Permission denied|"
+    r"Read-only file system|Operation not permitted|File name too long|embedded null|"
+    r"file is not a database|disk image is malformed|readonly database|"
+    r"unable to open database file|is another file than at the start|"
+    r'(?:database|role) ".*" does not exist|authentication failed|no password supplied|'
+    r"no pg_hba\.conf entry|permission denied|must be owner|InsufficientPrivilege|"
+    r"ProgrammingError|invalid connection option|invalid sslmode|UndefinedTable|"
+    r"server does not support SSL|certificate verify failed"
+)
 
 
 class Failure(click.ClickException):
@@ -38,36 +57,86 @@ class NotNow(Failure):
 class Program(click.Group):
     """A group of commands in which errors of the library end the program without a traceback."""
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **extra)
+        except OSError as error:
+            # Output that nobody takes: a full disk, a closed pipe.
+            silence_stdout()
+            with suppress(OSError):
+                click.echo(f"tfm-guard: {error.strerror or error}", err=True)
+            sys.exit(Failure.exit_code)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except GuardError as error:
-            raise _failure(error) from error
+            raise failure(error) from error
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
 
-def _failure(error: GuardError) -> Failure:
+@contextmanager
+def naming(**places: str) -> Iterator[None]:
+    """Have refused values named by *places*: the library's argument to what the user typed."""
+    try:
+        yield
+    except InvalidInput as error:
+        name, *positions = error.field
+        place = places.get(str(name), str(name))
+        words = [place, *(f"number {int(position) + 1}" for position in positions)]
+        raise Failure(f"{' '.join(words)}: {error.message}") from error
+
+
+def failure(error: GuardError) -> Failure:
+    """Return what to tell about *error*."""
     if isinstance(error, ConfigurationError):
         return Failure(*error.faults, *_advice(error.faults))
     if isinstance(error, Unavailable):
-        return NotNow(
-            f"cannot be done now: {error.reason}",
-            "check that the database runs, that TFM_GUARD_DATABASE_URL names it, and that you may "
-            "write to it",
-        )
-    if isinstance(error, InvalidInput):
-        return Failure(f"{_place(error.field)}: {error.message}")
+        return _unavailable(error)
     if isinstance(error, Refusal):
         return Failure(error.message)
     return Failure(str(error))
 
 
+def is_lasting(error: Unavailable) -> bool:
+    """Tell whether *error* will come again until somebody mends something."""
+    return _LASTING.search(error.reason) is not None
+
+
+def silence_stdout() -> None:
+    """Send what is still to be written to stdout nowhere, or Python complains when it ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _unavailable(error: Unavailable) -> Failure:
+    if is_lasting(error):
+        return Failure(
+            f"{error.reason}{_file_named(error)}",
+            f"check that {_URL_VARIABLE} names the database that you mean, that its folder exists, "
+            "and that you may read and write it",
+        )
+    return NotNow(
+        f"cannot be done now: {error.reason}",
+        f"check that the database runs and that {_URL_VARIABLE} names it, then try again",
+    )
+
+
+def _file_named(error: Unavailable) -> str:
+    """Return the path of a SQLite file where SQLite's own words leave it out."""
+    from tfm_guard.settings import read_database_url
+
+    with suppress(ConfigurationError):
+        url = read_database_url(os.environ.get(_URL_VARIABLE, ""))
+        if url.get_backend_name() == "sqlite" and str(url.database) not in error.reason:
+            return f": {url.database}"
+    return ""
+
+
 def _advice(faults: tuple[str, ...]) -> list[str]:
-    if not any("TFM_GUARD_DATABASE_URL" in fault for fault in faults):
+    if f"{_URL_VARIABLE} is not set" not in faults:
         return []
-    return ["set it in the environment: export TFM_GUARD_DATABASE_URL=sqlite:///tfm_guard.db"]
-
-
-def _place(field: tuple[str | int, ...]) -> str:
-    name, *positions = field
-    place = _OPTIONS.get(str(name), str(name))
-    return " ".join([place, *(f"number {int(position) + 1}" for position in positions)])
+    return [f"set it in the environment: export {_URL_VARIABLE}=sqlite:///tfm_guard.db"]

@@ -2,15 +2,21 @@
 
 import asyncio
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from tfm_guard.cli.failures import Failure, naming, silence_stdout
 from tfm_guard.clock import SystemClock
+from tfm_guard.errors import Refusal
 
 if TYPE_CHECKING:
-    from tfm_guard.records import CreatedKey
+    from tfm_guard.guard import Guard
+    from tfm_guard.records import ApiKey
 
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
@@ -78,31 +84,67 @@ def create(
     """Create a key and print its token, which is shown this once.
 
     The token alone goes to stdout, so that it can be piped to where it is kept; words go to stderr.
+    Where the token cannot be written, the key is revoked again.
     """
     if expires_in and expires_at:
         raise click.UsageError("Give --expires-in or --expires-at, not both.")
-    created = asyncio.run(_create(account, name, scopes, expires_in or expires_at))
-    key = created.key
+    if sys.stdout is None:  # closed by who started the program
+        raise Failure("stdout is closed, and the token would be lost; no key was created")
+    with _naming_options(scopes):
+        key = asyncio.run(_create(account, name, scopes, expires_in or expires_at))
     until = f", expires {key.expires_at:%Y-%m-%d %H:%M %Z}" if key.expires_at else ""
     click.echo(
-        f"Created the key {key.name!r} ({key.key_prefix}) of account {account!r}: "
+        f'Created the key "{key.name}" ({key.key_prefix}) of account "{account}": '
         f"{' '.join(sorted(key.scopes))}{until}.\n"
         "Keep its token now: it is not shown again.",
         err=True,
     )
-    click.echo(created.token)
 
 
 async def _create(
     account: str, name: str, scopes: tuple[str, ...], expires_at: datetime | None
-) -> "CreatedKey":
-    from tfm_guard import Guard
+) -> "ApiKey":
+    from tfm_guard.guard import Guard
 
     async with Guard.from_environment() as guard:
-        return await guard.keys.create(
+        created = await guard.keys.create(
             account_id=account,
             name=name,
             scopes=scopes,
             expires_at=expires_at,
             actor="command_line",
         )
+        try:
+            click.echo(created.token)  # and flushes
+        except OSError as error:
+            silence_stdout()
+            cause = f"the token could not be written to stdout: {error.strerror}"
+            raise Failure(cause, await _take_back(guard, created.key)) from error
+        return created.key
+
+
+async def _take_back(guard: "Guard", key: "ApiKey") -> str:
+    """Revoke a key whose token is lost; return what to tell."""
+    try:
+        await guard.keys.revoke(key.account_id, key.id, actor="command_line")
+    except Refusal as refusal:
+        return (
+            f"the key {key.key_prefix} of account {key.account_id} exists, and could not be "
+            f"revoked: {refusal.reason}; revoke it"
+        )
+    return f"the key {key.key_prefix} was revoked again"
+
+
+@contextmanager
+def _naming_options(scopes: tuple[str, ...]) -> Iterator[None]:
+    """Name refused values by their options; tell who put several scopes into one."""
+    try:
+        with naming(
+            account_id="--account", name="--name", scopes="--scope", expires_at="--expires-at"
+        ):
+            yield
+    except Failure as refused:
+        if refused.message.startswith("--scope") and any("," in scope for scope in scopes):
+            hint = "give each scope by itself: --scope send --scope emails:read"
+            raise Failure(refused.message, hint) from refused
+        raise

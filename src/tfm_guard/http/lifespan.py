@@ -64,7 +64,8 @@ async def _run_inner(
             raise
         # An app without lifespan support raises (the ASGI specification says so). It is answered
         # for here: the server must learn that start-up is complete.
-        _log.debug("the app does not take part in the lifespan protocol")
+        level = logging.DEBUG if unread else logging.WARNING
+        _log.log(level, "the app's lifespan ended with an error, and was left out", exc_info=True)
     if not spoke:
         await send({"type": "lifespan.startup.complete"})
         await receive()

@@ -13,11 +13,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tfm_guard.errors import InsufficientScope, InvalidInput, Refusal
+from tfm_guard.errors import InvalidInput, Refusal
 from tfm_guard.guard import Guard
 from tfm_guard.http.middleware import APIKeyMiddleware
 from tfm_guard.http.refusals import RefusalResponse
 from tfm_guard.http.requires import requires
+from tfm_guard.keys import actor_of
 from tfm_guard.records import ApiKey, VerifiedKey
 from tfm_guard.scopes import DEFAULT_SCOPES
 
@@ -50,6 +51,12 @@ class CreatedKeyResponse(Struct, kw_only=True):
     permissions: list[str]
     created_at: datetime
     expires_at: datetime | UnsetType = UNSET
+
+    def __repr__(self) -> str:
+        return f"CreatedKeyResponse(key_prefix={self.key_prefix!r})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("key_prefix", self.key_prefix)]
 
 
 class KeyRow(Struct, kw_only=True):
@@ -124,16 +131,12 @@ class ManagementApp:
         caller = _caller(request)
         wanted = await _read(request, CreateKeyRequest)
         try:
-            # In this order: a scope that does not exist is a mistake, not a missing grant.
-            missing = self._guard.scopes.grant(wanted.permissions) - caller.scopes
-            if missing:
-                raise InsufficientScope(missing)
             created = await self._guard.keys.create(
                 account_id=caller.account_id,
                 name=wanted.name,
                 scopes=wanted.permissions,
                 expires_at=wanted.expires_at,
-                actor=_actor(caller),
+                caller=caller,
             )
         except InvalidInput as error:
             raise _in_body(error) from None
@@ -160,7 +163,7 @@ class ManagementApp:
             raise InvalidInput(
                 ("path", "key_id"), "uuid_parsing", "Expected the id of a key, which is a UUID"
             ) from None
-        await self._guard.keys.revoke(caller.account_id, key_id, actor=_actor(caller))
+        await self._guard.keys.revoke(caller.account_id, key_id, actor=actor_of(caller))
         return Response(status_code=204, headers={"cache-control": "no-store"})
 
     async def _refuse(self, _request: Request, error: Exception) -> Response:
@@ -180,10 +183,6 @@ class ManagementApp:
 def _caller(request: Request) -> VerifiedKey:
     key: VerifiedKey = request.scope["user"]
     return key
-
-
-def _actor(caller: VerifiedKey) -> str:
-    return f"api_key:{caller.key_id}"
 
 
 def _row(key: ApiKey) -> KeyRow:

@@ -11,8 +11,11 @@ from tfm_guard.errors import ConfigurationError, InvalidRequest, MissingCredenti
 from tfm_guard.guard import Guard
 from tfm_guard.http.lifespan import run_lifespan
 from tfm_guard.http.refusals import RefusalResponse, send_refusal
+from tfm_guard.records import VerifiedKey
 
 _log: Final = logging.getLogger(__name__)
+
+_GUARDED: Final = frozenset({"http", "websocket"})
 
 
 class APIKeyMiddleware:
@@ -41,20 +44,13 @@ class APIKeyMiddleware:
         return f"APIKeyMiddleware({self.app!r}, exempt={sorted(self._exempt)})"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kind = scope["type"]
-        if kind == "lifespan":
-            await run_lifespan(self.app, self._guard, scope, receive, send)
+        if scope["type"] not in _GUARDED:
+            await self._pass_on(scope, receive, send)
             return
-        if kind not in ("http", "websocket"):
-            raise ValueError(f"cannot guard a connection of type {kind!r}")
-        if not self._exempt or _route_path(scope) not in self._exempt:
-            token = read_token(scope["headers"])
+        path = _route_path(scope) if scope.get("root_path") else scope["path"]
+        if path not in self._exempt:
             try:
-                if token is Unreadable.MALFORMED:
-                    raise InvalidRequest
-                if isinstance(token, Unreadable):
-                    raise MissingCredentials(reason=token.value)
-                key = await self._guard.verify(token)
+                key = self._guard.recall(scope["headers"]) or await self._verify(scope)
             except Refusal as refusal:
                 _log.info("refused: %s", refusal.reason)
                 response = RefusalResponse(refusal, self._guard.settings.realm)
@@ -63,6 +59,19 @@ class APIKeyMiddleware:
             scope["user"] = key
             scope["auth"] = key.credentials
         await self.app(scope, receive, send)
+
+    async def _verify(self, scope: Scope) -> VerifiedKey:
+        token = read_token(scope["headers"])
+        if token is Unreadable.MALFORMED:
+            raise InvalidRequest
+        if isinstance(token, Unreadable):
+            raise MissingCredentials(reason=token.value)
+        return await self._guard.verify(token)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            raise ValueError(f"cannot guard a connection of type {scope['type']!r}")
+        await run_lifespan(self.app, self._guard, scope, receive, send)
 
 
 def _route_path(scope: Scope) -> str:

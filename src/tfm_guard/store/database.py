@@ -1,21 +1,20 @@
 """Talking to the database: engines, deadlines, retries, and the mapping of foreign errors."""
 
 import asyncio
+import sqlite3
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import aiosqlite
-from sqlalchemy import event, make_url
-from sqlalchemy.exc import (
-    ArgumentError,
-    DBAPIError,
-    NoSuchModuleError,
-    SQLAlchemyError,
-)
+from sqlalchemy import event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tfm_guard.errors import ConfigurationError, GuardError, Unavailable
+from tfm_guard.settings import read_database_url
+from tfm_guard.store.sqlite_file import SqliteFile
 
 T = TypeVar("T")
 
@@ -30,61 +29,62 @@ _TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})
 
 
 class Database:
-    """One database behind two bounded pools: *reads* that commit by themselves, and writes.
+    """One database behind bounded pools: one to read, one to write, one for the feed.
 
     Every call ends within its deadline, whatever the database does: work that does not is left
     behind, cancelled, and its connection goes back to the pool when the driver lets go of it.
     """
 
     def __init__(self, url: str, *, pool_size: int) -> None:
+        parsed = read_database_url(url)
+        self.dialect = parsed.get_backend_name()
+        parsed = parsed.set(drivername=_DRIVERS[self.dialect])
+        make = _postgresql_engine
+        self._file: SqliteFile | None = None
+        if self.dialect == "sqlite":
+            self._file = SqliteFile(str(parsed.database))
+            make = partial(_sqlite_engine, file=self._file)
         try:
-            parsed = make_url(url)
-            self.dialect = parsed.get_backend_name()
-            if self.dialect not in _DRIVERS:
-                raise ConfigurationError(
-                    "TFM_GUARD_DATABASE_URL: expected sqlite:///FILE or postgresql://…, "
-                    f"not {self.dialect}://"
-                )
-            if self.dialect == "sqlite" and parsed.database in (None, "", ":memory:"):
-                raise ConfigurationError(
-                    "TFM_GUARD_DATABASE_URL: an in-memory database is not shared between "
-                    "connections; name a file: sqlite:///keys.db"
-                )
-            parsed = parsed.set(drivername=_DRIVERS[self.dialect])
-            make = _sqlite_engine if self.dialect == "sqlite" else _postgresql_engine
             self._reader = make(parsed, pool_size, reading=True)
             self._writer = make(parsed, pool_size, reading=False)
-        except (ArgumentError, ValueError):  # the latter for a port that is no number
-            # The message of the original quotes the URL, and with it any password.
+            # The lease hangs on reading the feed, so that never queues behind anything.
+            self._feed_reader = make(parsed, 1, reading=True)
+        except ImportError as error:
             raise ConfigurationError(
-                "TFM_GUARD_DATABASE_URL is no URL; expected sqlite:///FILE or "
-                "postgresql://USER:PASSWORD@HOST/NAME"
-            ) from None
-        except (NoSuchModuleError, ModuleNotFoundError):
-            raise ConfigurationError(
-                "TFM_GUARD_DATABASE_URL: PostgreSQL needs its driver: "
-                "pip install 'tfm-guard[postgres]'"
+                f"TFM_GUARD_DATABASE_URL: the driver of {self.dialect} cannot be loaded: {error}"
             ) from None
         self._running: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
         return f"Database({self.dialect})"
 
+    def adopt_file(self) -> None:
+        """Make the file of an SQLite database if there is none. Raises `Unavailable`."""
+        if self._file is None:
+            return
+        try:
+            self._file.adopt()
+        except OSError as error:
+            raise Unavailable(f"database: {self._file.path}: {error.strerror}") from None
+
     async def close(self) -> None:
-        """Close both pools, after the work still under way has ended."""
+        """Close the pools, after the work still under way has ended."""
         if self._running:
             await asyncio.wait(self._running, timeout=WRITE_SECONDS)
         await self._reader.dispose()
         await self._writer.dispose()
+        await self._feed_reader.dispose()
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Return what *work* reads, within `READ_SECONDS`; raise `Unavailable` otherwise."""
+        """Return what *work* reads, within `READ_SECONDS`; raise `Unavailable` otherwise.
 
-        async def attempt(_: list[bool]) -> T:
-            async with self._reader.connect() as connection:
-                return await work(connection)
+        Each of its statements commits by itself.
+        """
+        return await self._read_with(self._reader, work)
 
-        return await self._within(READ_SECONDS, attempt)
+    async def read_feed(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Do as `read` does, on a connection that nothing else uses."""
+        return await self._read_with(self._feed_reader, work)
 
     async def write(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, seconds: float = WRITE_SECONDS
@@ -103,7 +103,22 @@ class Database:
 
         return await self._within(seconds, attempt)
 
+    async def _read_with(
+        self, engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]
+    ) -> T:
+        async def attempt(_: list[bool]) -> T:
+            async with engine.connect() as connection:
+                return await work(connection)
+
+        return await self._within(READ_SECONDS, attempt)
+
     async def _within(self, seconds: float, attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
+        if self._file is not None:
+            # Also for connections that were made before, which would go on with the old file.
+            try:
+                self._file.check()
+            except sqlite3.OperationalError as error:
+                raise _unavailable(error) from None
         task = asyncio.ensure_future(_retrying(attempt))
         self._running.add(task)
         task.add_done_callback(self._forget)
@@ -115,6 +130,8 @@ class Database:
                 task.cancel()
         if not task.done():
             raise Unavailable(f"the database did not answer within {seconds:g} s")
+        if task.cancelled():  # by who cancels all tasks of a loop; nobody here did
+            raise Unavailable("the query was cancelled")
         return task.result()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
@@ -132,7 +149,7 @@ async def _retrying(attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
             raise Unavailable("all database connections are in use") from None
         except DBAPIError as error:
             # With the connection lost while committing, nobody knows whether it took place.
-            if left and _is_transient(error) and not committing:
+            if left and _may_be_tried_again(error, committing=bool(committing)):
                 continue
             raise _unavailable(error) from None
         except (SQLAlchemyError, OSError) as error:
@@ -140,10 +157,11 @@ async def _retrying(attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
     raise AssertionError("the last attempt returns or raises")  # pragma: no cover
 
 
-def _is_transient(error: DBAPIError) -> bool:
-    return error.connection_invalidated or (
-        getattr(error.orig, "sqlstate", None) in _TRANSIENT_SQLSTATES
-    )
+def _may_be_tried_again(error: DBAPIError, *, committing: bool) -> bool:
+    if error.connection_invalidated:
+        # Lost while committing, nobody knows whether it took place.
+        return not committing
+    return getattr(error.orig, "sqlstate", None) in _TRANSIENT_SQLSTATES
 
 
 def _unavailable(error: Exception) -> GuardError:
@@ -152,16 +170,16 @@ def _unavailable(error: Exception) -> GuardError:
     return Unavailable(f"database: {type(cause).__name__}: {first_line}")
 
 
-def _sqlite_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
+def _sqlite_engine(url: Any, pool_size: int, *, reading: bool, file: SqliteFile) -> AsyncEngine:
     engine = create_async_engine(
-        url,
+        url.set(database=str(file.path)),
         # SQLite lets one connection write at a time: queueing for it here is fair, in SQLite not.
         pool_size=pool_size if reading else 1,
         max_overflow=0,
         pool_timeout=_POOL_SECONDS if reading else WRITE_SECONDS,
         connect_args={
             "timeout": READ_SECONDS if reading else WRITE_SECONDS,
-            "async_creator_fn": _connect_sqlite,
+            "async_creator_fn": partial(_connect_sqlite, file),
         },
         hide_parameters=True,
     )
@@ -186,7 +204,8 @@ def _sqlite_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
     return engine
 
 
-async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
+async def _connect_sqlite(file: SqliteFile, *args: Any, **options: Any) -> aiosqlite.Connection:
+    file.check()
     connection = aiosqlite.connect(*args, **options)
     thread = connection._thread  # noqa: SLF001  # there is no other way to it
     thread.daemon = True
@@ -200,7 +219,6 @@ async def _connect_sqlite(*args: Any, **options: Any) -> aiosqlite.Connection:
 
 
 def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"} if reading else {}
     return create_async_engine(
         url,
         pool_size=pool_size,
@@ -210,6 +228,8 @@ def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngin
             "connect_timeout": 2,  # seconds, the least that libpq takes
             "prepare_threshold": None,  # PgBouncer in transaction mode knows no prepared statements
             "application_name": "tfm-guard",
+            # Never a standby: what it knows of revocations is old.
+            "target_session_attrs": "primary",
             # A peer that is gone without a word is noticed by the kernel.
             "keepalives_idle": 5,
             "keepalives_interval": 2,
@@ -217,5 +237,7 @@ def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngin
             "tcp_user_timeout": 5_000,  # milliseconds
         },
         hide_parameters=True,
-        **options,
+        # Whatever the server's default: above this, changes for different accounts would fail each
+        # other at the head of the feed, where they need only wait.
+        isolation_level="AUTOCOMMIT" if reading else "READ COMMITTED",
     )

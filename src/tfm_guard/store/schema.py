@@ -115,7 +115,7 @@ changes = Table(
     Column("kind", Text, nullable=False),
     Column("prefix", String(8), nullable=False),
     Column("version", BigInteger, nullable=False),
-    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, index=True),
 )
 
 feed = Table(

@@ -9,9 +9,10 @@ from sqlalchemy import ColumnElement, bindparam, func, literal, select, text, up
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
-from tfm_guard.records import ApiKey, StoredKey
-from tfm_guard.store import schema, upgrade
-from tfm_guard.store.database import READ_SECONDS, Database
+from tfm_guard.records import ApiKey, Change, StoredKey
+from tfm_guard.store import feed, schema, upgrade
+from tfm_guard.store.database import Database
+from tfm_guard.store.feed import FeedState
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.transaction import Transaction, is_active
 
@@ -33,6 +34,8 @@ class Installation(NamedTuple):
     id: str
     root_secret: bytes
     tag_key: bytes
+    lease: float  # seconds
+    poll_interval: float  # seconds
 
 
 class Store:
@@ -41,6 +44,7 @@ class Store:
     def __init__(self, url: str, *, pool_size: int, clock: Clock) -> None:
         self._database = Database(url, pool_size=pool_size)
         self._clock = clock
+        self._on_commit: Callable[[Change], None] = lambda _: None
 
     def __repr__(self) -> str:
         return f"Store({self._database.dialect})"
@@ -88,20 +92,88 @@ class Store:
 
         return await self._database.read(work)
 
-    async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
+    async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> tuple[T, list[Change]]:
         """Run *work* in a transaction that appends its changes to the feed, and commit it.
 
+        Returns what *work* returned and the changes, of which `on_commit`'s listener then knows.
         *work* may run again from the start after a conflict with another transaction, so it must
         do nothing but call the transaction.
         """
 
-        async def run(connection: AsyncConnection) -> T:
+        async def run(connection: AsyncConnection) -> tuple[T, list[Change]]:
             transaction = Transaction(connection, await self._begin(connection))
             result = await work(transaction)
             await transaction.append_changes()
-            return result
+            return result, transaction.changes
 
-        return await self._database.write(run)
+        result, changes = await self._database.write(run)
+        for change in changes:
+            self._on_commit(change)
+        return result, changes
+
+    def on_commit(self, listener: Callable[[Change], None]) -> None:
+        """Call *listener* with every change that this process has just committed."""
+        self._on_commit = listener
+
+    async def register_worker(self, worker_id: UUID, name: str) -> None:
+        """Enter a process that is about to cache into the register."""
+
+        async def run(connection: AsyncConnection) -> None:
+            await feed.register(connection, worker_id, name, await self._begin(connection))
+
+        await self._database.write(run)
+
+    async def unregister_worker(self, worker_id: UUID) -> None:
+        """Strike a process that has ceased to cache off the register."""
+        await self._database.write(lambda connection: feed.unregister(connection, worker_id))
+
+    async def poll(self, worker_id: UUID, seen: int) -> FeedState | None:
+        """Return the state of the feed; none if the process is not in the register (any more).
+
+        On PostgreSQL this also records that the process has applied everything up to *seen*: a
+        server that cannot be written to, and so may be stale, fails it. SQLite has one file and
+        one writer at a time, so there it is a read.
+        """
+
+        async def run(connection: AsyncConnection) -> FeedState | None:
+            if self._database.dialect == "sqlite":
+                return await feed.state(connection, worker_id, self._now())
+            return await feed.state_and_record(connection, worker_id, seen)
+
+        return await self._database.read_feed(run)
+
+    async def record_seen(self, worker_id: UUID, seen: int) -> None:
+        """Record that the process has applied every change up to *seen*."""
+        await self._database.write(lambda connection: feed.record(connection, worker_id, seen))
+
+    async def read_register(self) -> dict[UUID, int]:
+        """Return the registered processes, and up to where each has applied the feed."""
+        return await self._database.read(feed.read_register)
+
+    async def strike_off(
+        self, silent: Iterable[UUID], seen: int, *, marked: Iterable[UUID]
+    ) -> None:
+        """Mark those of *silent* that have still not seen *seen*; remove the *marked* ones."""
+        await self._database.write(lambda c: feed.strike_off(c, silent, seen, marked))
+
+    async def changes_between(self, seen: int, head: int) -> list[Change]:
+        """Return the changes after *seen* up to *head*, in their order."""
+        return await self._database.read_feed(lambda c: feed.changes_between(c, seen, head))
+
+    async def recent_changes(self, state: FeedState, seconds: float) -> list[Change]:
+        """Return the changes of the last *seconds* before *state*, in their order."""
+        return await self._database.read_feed(lambda c: feed.changes_since(c, state.now, seconds))
+
+    async def confirm_revocation(self, key_id: UUID) -> None:
+        """Record that the revocation of a key has been shown to hold everywhere."""
+
+        async def run(connection: AsyncConnection) -> None:
+            now = await self._begin(connection)
+            await connection.execute(
+                update(schema.keys).where(schema.keys.c.id == key_id).values(confirmed_at=now)
+            )
+
+        await self._database.write(run)
 
     async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         """Store the digest of a key that was proven by its slow hash. Its state stays as it is."""
@@ -114,8 +186,7 @@ class Store:
                 .values(digest=digest, digest_key_id=digest_key_id)
             )
 
-        # A request that is being verified waits for this, so it has no more time than a read.
-        await self._database.write(run, seconds=READ_SECONDS)
+        await self._database.write(run)
 
     async def _begin(self, connection: AsyncConnection) -> datetime:
         if self._database.dialect == "sqlite":
@@ -142,10 +213,14 @@ _FIND_KEYS: Final = (
 
 async def _read_installation(connection: AsyncConnection) -> Installation:
     secrets = {row.name: row.value for row in await connection.execute(select(schema.secrets))}
-    identity = await connection.execute(
-        select(schema.settings.c.value).where(schema.settings.c.name == "installation_id")
+    shared = {row.name: row.value for row in await connection.execute(select(schema.settings))}
+    return Installation(
+        id=shared["installation_id"],
+        root_secret=secrets["root"],
+        tag_key=secrets["tag"],
+        lease=float(shared["lease_seconds"]),
+        poll_interval=float(shared["poll_seconds"]),
     )
-    return Installation(identity.scalar_one(), secrets["root"], secrets["tag"])
 
 
 def _stored_key(row: Any) -> StoredKey:

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import Row, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.errors import GuardError
-from tfm_guard.records import ApiKey, ChangeKind
-from tfm_guard.store import schema
+from tfm_guard.records import ApiKey, Change, ChangeKind
+from tfm_guard.store import feed, schema
 
 
 class PrefixTaken(GuardError):
@@ -25,7 +25,6 @@ class Account(NamedTuple):
 
     id: str
     plan: str
-    suspended_at: datetime | None
 
 
 class Transaction:
@@ -34,17 +33,18 @@ class Transaction:
     def __init__(self, connection: AsyncConnection, now: datetime) -> None:
         self._connection = connection
         self._pending: list[tuple[ChangeKind, str, int]] = []
+        self.changes: list[Change] = []
         self.now = now
 
-    async def lock_account(self, account_id: str, *, plan: str = "free") -> Account:
-        """Return the account, made with *plan* if it is new, and hold it until the end.
+    async def lock_account(self, account_id: str) -> Account:
+        """Return the account, made and put on the plan "free" if it is new, and hold it.
 
         All that changes an account's keys takes this lock first, and so happens one by one.
         """
         dialect = sqlite if self._connection.dialect.name == "sqlite" else postgresql
         await self._connection.execute(
             dialect.insert(schema.accounts)
-            .values(id=account_id, plan=plan)
+            .values(id=account_id, plan="free")
             .on_conflict_do_nothing()
         )
         row = (
@@ -52,7 +52,7 @@ class Transaction:
                 select(schema.accounts).where(schema.accounts.c.id == account_id).with_for_update()
             )
         ).one()
-        return Account(row.id, row.plan, row.suspended_at)
+        return Account(row.id, row.plan)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         await self._connection.execute(
@@ -69,6 +69,18 @@ class Transaction:
             .where(*is_active(self.now))
         )
         return (await self._connection.execute(statement)).scalar_one()
+
+    async def active_scopes(self, account_id: str, key_id: UUID) -> frozenset[str] | None:
+        """Return the scopes of the account's key; none if it is not active now."""
+        keys = schema.keys.c
+        statement = (
+            select(keys.scopes)
+            .join_from(schema.keys, schema.accounts)
+            .where(keys.id == key_id, keys.account_id == account_id, *is_active(self.now))
+            .where(schema.accounts.c.suspended_at.is_(None))
+        )
+        scopes = (await self._connection.execute(statement)).scalar_one_or_none()
+        return None if scopes is None else frozenset(scopes.split())
 
     async def insert_key(
         self,
@@ -98,24 +110,30 @@ class Transaction:
                 )
             )
         except IntegrityError as error:
-            raise PrefixTaken from error
+            # The constraint's name on PostgreSQL, the column's on SQLite.
+            if "tfm_keys_prefix" in str(error.orig) or "tfm_keys.prefix" in str(error.orig):
+                raise PrefixTaken from error
+            raise
         self._pending.append(("created", key.key_prefix, 1))
 
-    async def revoke_key(self, account_id: str, key_id: UUID) -> str | None:
-        """Revoke the account's key and return its name; none if it has no such unrevoked key."""
+    async def find_key(self, account_id: str, key_id: UUID) -> Row[Any] | None:
+        """Return the row of the account's key, revoked or not."""
         keys = schema.keys.c
-        row = (
-            await self._connection.execute(
-                update(schema.keys)
-                .where(keys.id == key_id, keys.account_id == account_id, keys.revoked_at.is_(None))
-                .values(revoked_at=self.now, version=keys.version + 1)
-                .returning(keys.name, keys.prefix, keys.version)
-            )
-        ).one_or_none()
-        if row is None:
-            return None
-        self._pending.append(("revoked", row.prefix, row.version))
-        return str(row.name)
+        statement = select(schema.keys).where(keys.id == key_id, keys.account_id == account_id)
+        return (await self._connection.execute(statement)).one_or_none()
+
+    async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
+        """Revoke a key, which so comes to *version*."""
+        await self._connection.execute(
+            update(schema.keys)
+            .where(schema.keys.c.id == key_id)
+            .values(revoked_at=self.now, version=version)
+        )
+        self._pending.append(("revoked", prefix, version))
+
+    async def head(self) -> int:
+        """Return the number of the latest change that was committed before."""
+        return await feed.head(self._connection)
 
     async def audit(
         self,
@@ -161,6 +179,7 @@ class Transaction:
                     id=head, kind=kind, prefix=prefix, version=version, created_at=self.now
                 )
             )
+            self.changes.append(Change(head, kind, prefix, version))
 
 
 def is_active(now: Any) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ _LOCK: Final = 0x74666D67
 
 async def ensure_schema(database: Database) -> None:
     """Make the tables in an empty database; raise `SchemaError` if they are of another release."""
+    database.adopt_file()
     revision = await database.read(_revision)
     if revision is None:
         await upgrade(database)
@@ -36,6 +37,7 @@ async def ensure_schema(database: Database) -> None:
 
 async def upgrade(database: Database) -> tuple[str | None, str]:
     """Apply the missing migrations in one transaction; return the revision before and after."""
+    database.adopt_file()
     if database.dialect == "sqlite":
         await _switch_to_wal(database)
 

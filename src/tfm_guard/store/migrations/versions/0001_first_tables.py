@@ -51,6 +51,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tfm_changes")),
     )
+    op.create_index(op.f("ix_tfm_changes_created_at"), "tfm_changes", ["created_at"], unique=False)
     op.create_table(
         "tfm_feed",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -136,5 +137,9 @@ def upgrade() -> None:
     )
     op.bulk_insert(
         sa.table("tfm_settings", sa.column("name"), sa.column("value")),
-        [{"name": "installation_id", "value": uuid.uuid4().hex}],
+        [
+            {"name": "installation_id", "value": uuid.uuid4().hex},
+            {"name": "lease_seconds", "value": "2"},
+            {"name": "poll_seconds", "value": "0.25"},
+        ],
     )

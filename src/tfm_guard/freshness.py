@@ -1,0 +1,229 @@
+"""Freshness: until when this process may believe what it remembers.
+
+The truth is the database. Each change of a key is a row of its feed; this process reads the feed
+about once a second, applies what is new, and for `lease` seconds from the start of that read may
+answer from memory. A process that cannot read the feed thus stops believing itself.
+
+Changes may also arrive early (this process made them) or twice; applying one is idempotent.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+from uuid import UUID
+
+from tfm_guard.clock import Clock
+from tfm_guard.counters import Counters
+from tfm_guard.errors import Unavailable
+from tfm_guard.records import Change
+from tfm_guard.shared_cache import MAX_AGE_SECONDS
+from tfm_guard.store import FeedState, Store
+
+_log: Final = logging.getLogger(__name__)
+
+# An entry older than a change can be around for `MAX_AGE_SECONDS` after it; twice that leaves room
+# for clocks that do not agree.
+FLOOR_SECONDS: Final = 2 * MAX_AGE_SECONDS
+# The database's clock went back if it reads this much less than what has passed would have it.
+_STEP_SECONDS: Final = 1.0
+_NOBODY: Final = UUID(int=0)
+
+
+class Freshness:
+    """One process's place in the feed, and the lease that reading it gives."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        lease: float,
+        poll_interval: float,
+        random: Callable[[int], bytes],
+        counters: Counters,
+    ) -> None:
+        # Memory counts while the monotonic clock is below this. Read on every request.
+        self.fresh_until = -math.inf
+        # Moves whenever everything was forgotten, so that a read begun before is not kept.
+        self.epoch = 0
+        # Entries sealed before this, in the database's time, may have missed a change.
+        self.sealed_after = -math.inf
+        self._store = store
+        self._clock = clock
+        self._lease = lease
+        self._poll_interval = poll_interval
+        self._random = random
+        self._counters = counters
+        self.worker_id = _NOBODY  # in the register; another one whenever it registers anew
+        self._seen = 0
+        self._recorded = 0  # in the register
+        self._recording: asyncio.Task[None] | None = None
+        # prefix -> version, and the monotonic time at which it has served its time
+        self._floors: dict[str, tuple[int, float]] = {}
+        self._floor_ends: deque[tuple[float, str]] = deque()
+        # The database's time, seconds since 1970, and the monotonic time just before it was read.
+        self._anchor = (0.0, 0.0)
+        self._on_change: Callable[[Change], None] = lambda _: None
+        self._on_flush: Callable[[], None] = lambda: None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        left = self.fresh_until - self._clock.monotonic()
+        state = f"fresh for {left:.2f} s" if left > 0 else "not fresh"
+        return f"Freshness({state}, seen={self._seen}, floors={len(self._floors)})"
+
+    def listen(self, *, on_change: Callable[[Change], None], on_flush: Callable[[], None]) -> None:
+        """Call *on_change* with every change as it is applied, *on_flush* when all is forgotten."""
+        self._on_change = on_change
+        self._on_flush = on_flush
+
+    async def start(self) -> None:
+        """Register this process, read the feed, and go on reading it. Raises `Unavailable`."""
+        await self._join()
+        self._spawn(self._poll_for_ever())
+
+    async def stop(self) -> None:
+        """Stop trusting memory, and strike this process off the register."""
+        self.fresh_until = -math.inf
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        with contextlib.suppress(Unavailable):
+            await self._store.unregister_worker(self.worker_id)
+
+    def is_fresh(self) -> bool:
+        """Tell whether memory counts now."""
+        return self._clock.monotonic() < self.fresh_until
+
+    def floor(self, prefix: str) -> int:
+        """Return the version below which nothing about *prefix* is to be believed."""
+        return self._floors.get(prefix, (0, 0.0))[0]
+
+    def database_time(self) -> float:
+        """Return the database's time in seconds since 1970, as far as this process can tell."""
+        wall, monotonic = self._anchor
+        return wall + (self._clock.monotonic() - monotonic)
+
+    def apply(self, change: Change) -> None:
+        """Raise the floor and have everything older about the key forgotten, in one step."""
+        end = self._clock.monotonic() + FLOOR_SECONDS
+        self._floors[change.prefix] = max(change.version, self.floor(change.prefix)), end
+        self._floor_ends.append((end, change.prefix))
+        self._on_change(change)
+
+    async def poll(self) -> None:
+        """Read the feed once, apply what is new, and renew the lease. Raises `Unavailable`."""
+        started = self._clock.monotonic()
+        state = await self._store.poll(self.worker_id, self._seen)
+        changes = None if state is None else await self._new_changes(state)
+        if state is None or changes is None:
+            self._forget_everything()
+            await self._join()
+            return
+        self._set_anchor(state, started)
+        for change in changes:
+            self.apply(change)
+        self._drop_ended_floors()
+        self._seen = state.head
+        self.fresh_until = max(self.fresh_until, started + self._lease)
+        self._record_seen_soon()
+
+    async def _join(self) -> None:
+        """Enter the register, then read the feed: only then is there anything to trust."""
+        former, self.worker_id = self.worker_id, UUID(bytes=self._random(16), version=4)
+        await self._store.register_worker(self.worker_id, f"{socket.gethostname()}:{os.getpid()}")
+        started = self._clock.monotonic()
+        state = await self._store.poll(self.worker_id, 0)
+        if state is None:
+            raise Unavailable("this process cannot find itself in the register")
+        # The shared cache may hold entries that are older than changes made before this process
+        # came: their floors are needed from the start.
+        recent = await self._store.recent_changes(state, FLOOR_SECONDS)
+        self._anchor = (state.now.timestamp(), started)
+        for change in recent:
+            self.apply(change)
+        self._seen = state.head
+        self._recorded = 0
+        self.fresh_until = started + self._lease
+        self._record_seen_soon()
+        # Nothing is remembered any more that the former place in the register stood for.
+        if former != _NOBODY:
+            with contextlib.suppress(Unavailable):
+                await self._store.unregister_worker(former)
+
+    async def _new_changes(self, state: FeedState) -> list[Change] | None:
+        """Return the changes that are new, in their order; none if they cannot all be had."""
+        if state.head == self._seen:
+            return []
+        changes = await self._store.changes_between(self._seen, state.head)
+        if len(changes) == state.head - self._seen:
+            return changes
+        # Some were removed before they were read here, or the database was set back.
+        _log.error("the feed led from %d to %d by %d changes", self._seen, state.head, len(changes))
+        return None
+
+    def _set_anchor(self, state: FeedState, started: float) -> None:
+        expected = self.database_time() - (self._clock.monotonic() - started)
+        self._anchor = (state.now.timestamp(), started)
+        if state.now.timestamp() < expected - _STEP_SECONDS:
+            _log.error("the database's clock went back by %.1f s", expected - self._anchor[0])
+            self._forget_everything()
+
+    def _forget_everything(self) -> None:
+        """Forget all that is remembered, but for the floors, which only ever refuse."""
+        _log.warning("this process forgets what it remembers, and starts afresh")
+        self._counters.flushes += 1
+        self.fresh_until = -math.inf
+        self.epoch += 1
+        self.sealed_after = self.database_time()
+        self._on_flush()
+
+    def _drop_ended_floors(self) -> None:
+        now = self._clock.monotonic()
+        while self._floor_ends and self._floor_ends[0][0] <= now:
+            end, prefix = self._floor_ends.popleft()
+            if self._floors.get(prefix, (0, now))[1] <= end:  # else a later change prolonged it
+                self._floors.pop(prefix, None)
+
+    async def _poll_for_ever(self) -> None:
+        failing = False
+        while True:
+            await self._clock.sleep(self._poll_interval)
+            try:
+                await self.poll()
+            except Exception as error:  # noqa: BLE001  # the lease ends by itself; this must not
+                if not failing:
+                    _log.error("the feed cannot be read: %r", error)
+                failing = True
+            else:
+                if failing:
+                    _log.warning("the feed can be read again")
+                failing = False
+
+    def _record_seen_soon(self) -> None:
+        # As often as it takes: until it is recorded, whoever revokes a key waits for this process.
+        if self._recorded != self._seen and self._recording is None:
+            self._recording = self._spawn(self._record_seen())
+
+    async def _record_seen(self) -> None:
+        worker_id, seen = self.worker_id, self._seen
+        try:
+            with contextlib.suppress(Unavailable):
+                await self._store.record_seen(worker_id, seen)
+                if worker_id == self.worker_id:
+                    self._recorded = seen
+        finally:
+            self._recording = None
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> "asyncio.Task[None]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

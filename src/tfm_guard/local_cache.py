@@ -1,0 +1,110 @@
+"""The local cache: what this process remembers of keys. Bounded, and invisible to the collector.
+
+A million remembered keys must cost neither a pause nor 300 bytes each. Hence an entry is a struct
+that the garbage collector does not track, holding bytes and references to shared objects; a dict
+of such entries is not tracked either; and the order of eviction is kept in a bytearray.
+"""
+
+from typing import Final
+
+from msgspec import Struct
+
+from tfm_guard.records import VerifiedKey
+from tfm_guard.token import PREFIX_LENGTH
+
+# How many used entries an insertion passes over before it evicts one all the same.
+_MAXIMUM_STEPS: Final = 32
+
+
+class LocalEntry(Struct, gc=False):
+    """A key that was active when it was read."""
+
+    key: VerifiedKey
+    record: bytes  # the key's own, at hand for the comparison of digests
+    deadline: float  # monotonic seconds; not to be believed from then on
+    used: bool  # since the hand of the clock last passed
+
+
+class LocalCache:
+    """At most *capacity* entries by prefix, evicted by the CLOCK algorithm (second chance)."""
+
+    def __init__(self, capacity: int) -> None:
+        self.entries: dict[bytes, LocalEntry] = {}
+        self._capacity = capacity
+        # The prefix in each slot. A slot whose prefix has been dropped is taken by the next
+        # insertion that comes past; a prefix may thus stand in two slots, which costs nothing but
+        # an earlier second look.
+        self._ring = bytearray()
+        self._hand = 0
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return f"LocalCache({len(self)} of {self._capacity})"
+
+    def put(self, prefix: bytes, key: VerifiedKey, deadline: float) -> None:
+        """Remember *key* until *deadline*, monotonic seconds."""
+        if prefix not in self.entries:
+            self._take_slot(prefix)
+        self.entries[prefix] = LocalEntry(key, key.record, deadline, used=False)
+
+    def drop(self, prefix: bytes) -> None:
+        """Forget one key."""
+        self.entries.pop(prefix, None)
+
+    def clear(self) -> None:
+        """Forget all keys."""
+        self.entries.clear()
+        self._ring.clear()
+        self._hand = 0
+
+    def _take_slot(self, prefix: bytes) -> None:
+        if len(self._ring) < self._capacity * PREFIX_LENGTH:
+            self._ring += prefix
+            return
+        slot = slice(0)
+        for _ in range(_MAXIMUM_STEPS):
+            slot = slice(self._hand, self._hand + PREFIX_LENGTH)
+            self._hand = (self._hand + PREFIX_LENGTH) % len(self._ring)
+            entry = self.entries.get(bytes(self._ring[slot]))
+            if entry is None or not entry.used:
+                break
+            entry.used = False
+        self.entries.pop(bytes(self._ring[slot]), None)
+        self._ring[slot] = prefix
+
+
+class NegativeCache:
+    """Tokens known to prove no key, by digest, with the reason. At most *capacity*.
+
+    Two generations: when the younger is half of all, the older is dropped. `epoch` moves whenever
+    everything is forgotten, so that a look-up begun before can tell that it comes too late.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.epoch = 0
+        self._half = capacity // 2
+        self._young: dict[bytes, str] = {}
+        self._old: dict[bytes, str] = {}
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    def get(self, digest: bytes) -> str | None:
+        """Return why the token with *digest* is refused, if that is known."""
+        return self._young.get(digest) or self._old.get(digest)
+
+    def put(self, digest: bytes, reason: str) -> None:
+        """Remember that the token with *digest* is refused for *reason*."""
+        if len(self._young) >= self._half:
+            # A capacity of one has no halves: the younger generation is all there is.
+            self._old = self._young if self._half else {}
+            self._young = {}
+        self._young[digest] = reason
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.epoch += 1
+        self._young = {}
+        self._old = {}

@@ -1,0 +1,255 @@
+"""Reading keys that memory does not know: from the shared cache, else from the store.
+
+However many ask for a prefix at the same time, one read is made for all: a flight.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import Final, NamedTuple
+
+from tfm_guard.clock import Clock
+from tfm_guard.coalescer import Coalescer
+from tfm_guard.counters import Counters
+from tfm_guard.errors import Unavailable
+from tfm_guard.freshness import Freshness
+from tfm_guard.local_cache import LocalCache
+from tfm_guard.records import CacheEntry, KeyCredentials, StoredKey, VerifiedKey
+from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
+from tfm_guard.store import Store
+
+
+class Known(NamedTuple):
+    """A key that was found, ready to be compared with a token."""
+
+    entry: CacheEntry
+    key: VerifiedKey
+    suspended: bool
+    read_at: float  # the database's time, seconds since 1970
+
+
+class Unproven(NamedTuple):
+    """A row with no digest under the current key: its token must prove itself in a slower way."""
+
+    row: StoredKey
+    beginning: "Beginning"
+
+
+class Beginning(NamedTuple):
+    """What was known just before a read was sent: what comes of it is kept only if that stands."""
+
+    epoch: int
+    floor: int
+    sealed_at: float  # the database's time or a little earlier, seconds since 1970
+    monotonic: float  # seconds
+
+
+class Flight:
+    """A read under way. *sent* from just before its first question leaves."""
+
+    __slots__ = ("landing", "sent")
+
+    landing: "asyncio.Task[Known | Unproven | None]"
+
+    def __init__(self) -> None:
+        self.sent = False
+
+
+class KeyReader:
+    """Finds keys by prefix, and has *local* remember them while nothing has changed."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        shared: SharedCache | None,
+        local: LocalCache,
+        freshness: Freshness,
+        digest_key_id: str,
+        realm: str,
+        clock: Clock,
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._shared = shared
+        self._local = local
+        self._freshness = freshness
+        self._digest_key_id = digest_key_id
+        self._realm = realm
+        self._clock = clock
+        self._counters = counters
+        self._rows = Coalescer(self._read_rows)
+        self._flights: dict[str, Flight] = {}
+
+    async def find(self, prefix: str) -> Known | Unproven | None:
+        """Return the key with *prefix*, read no earlier than any change made before this call.
+
+        Raises `Unavailable`.
+        """
+        # A read that has been sent may have missed a change made before this call. While fresh,
+        # that change would have detached the flight; otherwise nobody can tell.
+        found, joined = await self._board(prefix, sent_ones_too=self._freshness.is_fresh())
+        if found is None and joined:
+            # Nobody waits until all know of a new key: it may have been made since that read.
+            found, _ = await self._board(prefix, sent_ones_too=False)
+        return found
+
+    async def _board(
+        self, prefix: str, *, sent_ones_too: bool
+    ) -> tuple[Known | Unproven | None, bool]:
+        """Return what a flight brings back, and whether it had been sent when it was joined."""
+        flight = self._flights.get(prefix)
+        joined = flight is not None and flight.sent
+        if flight is None or (joined and not sent_ones_too):
+            flight, joined = self._take_off(prefix, after=flight), False
+        # Shielded: the others on this flight go on when one of them is cancelled.
+        return await asyncio.shield(flight.landing), joined
+
+    def detach(self, prefix: str) -> None:
+        """Let nobody join the flight for *prefix* any more: its key has changed."""
+        self._flights.pop(prefix, None)
+
+    def detach_all(self) -> None:
+        """Let nobody join any of the present flights any more."""
+        self._flights.clear()
+
+    def proven(self, unproven: Unproven, digest: bytes) -> Known:
+        """Return the key whose row has been proven to belong to a token with *digest*."""
+        return self._know_row(unproven.row, digest, unproven.beginning)
+
+    def _take_off(self, prefix: str, *, after: Flight | None) -> Flight:
+        flight = self._flights[prefix] = Flight()
+
+        def land(task: "asyncio.Task[Known | Unproven | None]") -> None:
+            if self._flights.get(prefix) is flight:
+                del self._flights[prefix]
+            if not task.cancelled():
+                task.exception()  # seen, should everybody have gone
+
+        flight.landing = asyncio.get_running_loop().create_task(self._fly(prefix, flight, after))
+        flight.landing.add_done_callback(land)
+        return flight
+
+    async def _fly(
+        self, prefix: str, flight: Flight, after: Flight | None
+    ) -> Known | Unproven | None:
+        if after is not None:
+            # One read at a time for a prefix, however many ask while nothing is fresh.
+            await asyncio.wait({after.landing})
+        flight.sent = True
+        beginning = Beginning(
+            self._freshness.epoch,
+            self._freshness.floor(prefix),
+            # What is known of the database's time may be ahead of it by as long as reading it took.
+            self._freshness.database_time() - SKEW_SECONDS,
+            self._clock.monotonic(),
+        )
+        entry = await self._ask_shared(prefix)
+        if entry is not None:
+            return self._know_entry(prefix, entry, beginning)
+        row = await self._rows.get(prefix)
+        if row is not None and row.version < self._freshness.floor(prefix):
+            # A change may have overtaken the read; a read that begins now finds it.
+            row = await self._rows.get(prefix)
+        if row is None:
+            return None
+        if row.version < self._freshness.floor(prefix):
+            raise Unavailable("the database is older than what is known already")
+        if row.digest is None or row.digest_key_id != self._digest_key_id:
+            return Unproven(row, beginning)
+        return self._know_row(row, row.digest, beginning)
+
+    async def _ask_shared(self, prefix: str) -> CacheEntry | None:
+        if self._shared is None or not self._freshness.is_fresh():
+            return None
+        entry = await self._shared.get(prefix, counts=partial(self._counts, prefix))
+        return entry if self._freshness.is_fresh() else None
+
+    def _counts(self, prefix: str, entry: CacheEntry) -> bool:
+        """Tell whether an entry may be believed now, after the wait for it."""
+        now = self._freshness.database_time()
+        age = now - entry.sealed_at
+        return (
+            -SKEW_SECONDS <= age < MAX_AGE_SECONDS
+            and entry.sealed_at >= self._freshness.sealed_after
+            and entry.version >= self._freshness.floor(prefix)
+            # Close to the end of a key only the database, whose clock decides, can tell.
+            and (entry.expires_at is None or entry.expires_at.timestamp() - now > SKEW_SECONDS)
+        )
+
+    async def _read_rows(self, prefixes: list[str]) -> Mapping[str, StoredKey]:
+        self._counters.store_reads += 1
+        return await self._store.find_keys(prefixes)
+
+    def _know_entry(self, prefix: str, entry: CacheEntry, beginning: Beginning) -> Known:
+        now = self._freshness.database_time()
+        known = Known(entry, self._key_of(prefix, entry), suspended=False, read_at=now)
+        if self._still_stands(prefix, beginning):
+            age = now - entry.sealed_at
+            self._remember(prefix, known, self._clock.monotonic(), MAX_AGE_SECONDS - age)
+        return known
+
+    def _know_row(self, row: StoredKey, digest: bytes, beginning: Beginning) -> Known:
+        entry = CacheEntry(
+            sealed_at=beginning.sealed_at,
+            version=row.version,
+            revoked=row.revoked_at is not None,
+            digest=digest,
+            key_id=row.id,
+            account_id=row.account_id,
+            name=row.name,
+            scopes=tuple(sorted(row.scopes)),
+            expires_at=row.expires_at,
+        )
+        known = Known(
+            entry,
+            self._key_of(row.prefix, entry),
+            suspended=row.suspended_at is not None,
+            read_at=row.read_at.timestamp(),
+        )
+        if not known.suspended and self._still_stands(row.prefix, beginning):
+            self._remember(row.prefix, known, beginning.monotonic, MAX_AGE_SECONDS)
+            if self._shared is not None:
+                self._shared.put(row.prefix, entry)
+        return known
+
+    def _still_stands(self, prefix: str, beginning: Beginning) -> bool:
+        return (
+            self._freshness.is_fresh()
+            and self._freshness.epoch == beginning.epoch
+            and self._freshness.floor(prefix) == beginning.floor
+        )
+
+    def _remember(self, prefix: str, known: Known, since: float, seconds: float) -> None:
+        """Have memory keep an active key for *seconds* from *since*, monotonic, or its expiry."""
+        entry = known.entry
+        if entry.revoked:
+            return
+        if entry.expires_at is not None:
+            seconds = min(seconds, entry.expires_at.timestamp() - known.read_at)
+        self._local.put(prefix.encode(), known.key, _whole_second(int(since + seconds)))
+
+    def _key_of(self, prefix: str, entry: CacheEntry) -> VerifiedKey:
+        return VerifiedKey.pack(
+            digest=entry.digest,
+            key_id=entry.key_id,
+            key_prefix=prefix,
+            account_id=entry.account_id,
+            name=entry.name,
+            expires_at=entry.expires_at,
+            credentials=_credentials(entry.scopes, self._realm),
+        )
+
+
+_SHARED_OBJECTS: Final = 4096
+
+
+@lru_cache(_SHARED_OBJECTS)
+def _credentials(scopes: tuple[str, ...], realm: str) -> KeyCredentials:
+    return KeyCredentials(frozenset(scopes), realm)
+
+
+@lru_cache(_SHARED_OBJECTS)
+def _whole_second(second: int) -> float:
+    # One object for all entries that end in the same second, up to a second early.
+    return float(second)

@@ -1,0 +1,125 @@
+"""Reading the feed of changes, and the register of processes that cache."""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from typing import Final, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Update, and_, delete, exists, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tfm_guard.records import Change
+from tfm_guard.store import schema
+
+# What a struck-off process has "seen": less than anything.
+MARKED: Final = -1
+_HEAD: Final = select(schema.feed.c.head).scalar_subquery()
+
+
+class FeedState(NamedTuple):
+    """The feed at one moment: its *head*, and *now*, the database's time."""
+
+    head: int
+    now: datetime
+
+
+async def register(connection: AsyncConnection, worker_id: UUID, name: str, now: datetime) -> None:
+    """Enter a process that is about to cache. It has seen nothing yet."""
+    await connection.execute(
+        insert(schema.workers).values(id=worker_id, name=name, seen=0, registered_at=now)
+    )
+
+
+async def unregister(connection: AsyncConnection, worker_id: UUID) -> None:
+    """Strike off a process that has ceased to cache."""
+    await connection.execute(delete(schema.workers).where(schema.workers.c.id == worker_id))
+
+
+async def state(
+    connection: AsyncConnection, worker_id: UUID, now: ColumnElement[datetime]
+) -> FeedState | None:
+    """Return the feed's state, if the process is in the register."""
+    registered = exists().where(_is_registered(worker_id))
+    statement = select(schema.feed.c.head, now.label("now")).where(registered)
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else FeedState(row.head, row.now)
+
+
+async def state_and_record(
+    connection: AsyncConnection, worker_id: UUID, seen: int
+) -> FeedState | None:
+    """Record what the process has applied; return the feed's state if it is in the register."""
+    now = func.clock_timestamp(type_=schema.UtcDateTime()).label("now")
+    # Where the head is lower, the database was set back, and what was seen is not what is there.
+    statement = _record(worker_id, seen).where(seen <= _HEAD).returning(_HEAD.label("head"), now)
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else FeedState(row.head, row.now)
+
+
+async def record(connection: AsyncConnection, worker_id: UUID, seen: int) -> None:
+    """Record that the process has applied every change up to *seen*."""
+    await connection.execute(_record(worker_id, seen))
+
+
+def _record(worker_id: UUID, seen: int) -> Update:
+    return update(schema.workers).where(_is_registered(worker_id)).values(seen=seen)
+
+
+def _is_registered(worker_id: UUID) -> ColumnElement[bool]:
+    workers = schema.workers.c
+    return and_(workers.id == worker_id, workers.seen >= 0)
+
+
+async def read_register(connection: AsyncConnection) -> dict[UUID, int]:
+    """Return the registered processes, and up to where each has applied the feed."""
+    workers = schema.workers.c
+    rows = await connection.execute(select(workers.id, workers.seen))
+    return {row.id: row.seen for row in rows}
+
+
+async def strike_off(
+    connection: AsyncConnection, silent: Iterable[UUID], seen: int, marked: Iterable[UUID]
+) -> None:
+    """Mark those of *silent* that have still not seen as far as *seen*; remove the *marked* ones.
+
+    A mark says to the process, should it live, that it has no place here any more; to others, that
+    it may still trust what it remembers. Only after another full wait it cannot.
+    """
+    workers = schema.workers.c
+    await connection.execute(
+        delete(schema.workers).where(workers.id.in_(list(marked)), workers.seen == MARKED)
+    )
+    await connection.execute(
+        update(schema.workers)
+        .where(workers.id.in_(list(silent)), workers.seen < seen)
+        .values(seen=MARKED)
+    )
+
+
+async def head(connection: AsyncConnection) -> int:
+    """Return the number of the latest change."""
+    number: int = (await connection.execute(select(schema.feed.c.head))).scalar_one()
+    return number
+
+
+async def changes_between(connection: AsyncConnection, seen: int, head: int) -> list[Change]:
+    """Return the changes after *seen* up to *head*, in their order."""
+    columns = schema.changes.c
+    rows = await connection.execute(
+        _CHANGES.where(columns.id > seen, columns.id <= head).order_by(columns.id)
+    )
+    return [Change(*row) for row in rows]
+
+
+async def changes_since(connection: AsyncConnection, now: datetime, seconds: float) -> list[Change]:
+    """Return the changes of the last *seconds* before *now*, in their order."""
+    columns = schema.changes.c
+    rows = await connection.execute(
+        _CHANGES.where(columns.created_at > now - timedelta(seconds=seconds)).order_by(columns.id)
+    )
+    return [Change(*row) for row in rows]
+
+
+_CHANGES: Final = select(
+    schema.changes.c.id, schema.changes.c.kind, schema.changes.c.prefix, schema.changes.c.version
+)

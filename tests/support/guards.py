@@ -1,0 +1,138 @@
+"""Guards whose moments are the test's: they read the feed when told to, and never by themselves."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+from uuid import UUID
+
+import pytest
+
+from tests.support.servers import wait_until
+from tests.support.sql import execute
+from tfm_guard import Guard
+from tfm_guard.clock import SystemClock
+from tfm_guard.counters import Counters
+from tfm_guard.errors import InvalidToken
+from tfm_guard.freshness import Freshness
+from tfm_guard.local_cache import LocalCache
+from tfm_guard.records import CreatedKey
+from tfm_guard.settings import Settings
+from tfm_guard.shared_cache import SharedCache
+from tfm_guard.store import Store, schema
+from tfm_guard.testing import CHEAP_HASHING
+from tfm_guard.token import Tagger
+
+LONG = 1_000_000.0  # seconds
+
+
+class Cost(NamedTuple):
+    """How many commands to Redis to read, queries to the database, and argon2 hashes."""
+
+    redis: int
+    database: int
+    argon2: int
+
+
+async def prepare(url: str, *, lease: float = LONG, poll: float = LONG) -> str:
+    """Make the tables at *url* for guards with that lease and poll interval, in seconds."""
+    store = Store(url, pool_size=1, clock=SystemClock())
+    await store.open()
+    await store.close()
+    for name, value in (("lease_seconds", lease), ("poll_seconds", poll)):
+        row = schema.settings.c.name == name
+        execute(url, schema.settings.update().where(row).values(value=str(value)))
+    return url
+
+
+def new_guard(url: str, redis: str | None = None, **options: Any) -> Guard:
+    """Return a guard on *url*; *options* are its clock, its randomness, and settings."""
+    parts = {name: options.pop(name) for name in ("clock", "random") if name in options}
+    options = {**CHEAP_HASHING, "plans": {"free": 1000}, **options}
+    return Guard(Settings.load({}, database_url=url, redis_url=redis, **options), **parts)
+
+
+async def create(guard: Guard, *, name: str = "CI", **options: Any) -> CreatedKey:
+    """Create a key for acme."""
+    return await guard.keys.create(account_id="acme", name=name, **options)
+
+
+async def refusal(guard: Guard, token: str | bytes) -> str:
+    """Return why *guard* refuses *token*, as the logs have it."""
+    with pytest.raises(InvalidToken) as caught:
+        await guard.verify(token)
+    return caught.value.reason
+
+
+async def cost_of(guard: Guard, call: Awaitable[Any]) -> Cost:
+    """Await *call* and return what it cost *guard*."""
+    before = _spent(guard.counters)
+    await call
+    after = _spent(guard.counters)
+    return Cost(*(late - early for early, late in zip(before, after, strict=True)))
+
+
+def _spent(counters: Counters) -> tuple[int, int, int]:
+    return counters.shared_reads, counters.store_reads, counters.hashes
+
+
+def verifier_of(guard: Guard) -> Any:
+    """Return the verifier of an open guard."""
+    assert guard._parts is not None  # noqa: SLF001  # nothing else leads inside
+    return guard._parts.verifier  # noqa: SLF001
+
+
+def store_of(guard: Guard) -> Store:
+    """Return the store of a guard."""
+    return guard._store  # noqa: SLF001
+
+
+def freshness_of(guard: Guard) -> Freshness:
+    """Return an open guard's place in the feed."""
+    freshness: Freshness = verifier_of(guard)._freshness  # noqa: SLF001
+    return freshness
+
+
+def local_of(guard: Guard) -> LocalCache:
+    """Return what an open guard remembers."""
+    local: LocalCache = verifier_of(guard)._local  # noqa: SLF001
+    return local
+
+
+def shared_of(guard: Guard) -> SharedCache:
+    """Return an open guard's way to Redis."""
+    shared: SharedCache = verifier_of(guard)._reader._shared  # noqa: SLF001
+    return shared
+
+
+def tagger_of(guard: Guard) -> Tagger:
+    """Return what makes the tokens of an open guard's installation."""
+    tagger: Tagger = verifier_of(guard)._tagger  # noqa: SLF001
+    return tagger
+
+
+async def written(shared: SharedCache) -> None:
+    """Return once *shared* has nothing left to write."""
+    while (filling := shared._filling) is not None:  # noqa: SLF001
+        await asyncio.wait({filling})
+
+
+async def until(condition: Callable[[], bool], *, what: str) -> None:
+    """Return once *condition*, about something outside this event loop's turn, holds."""
+    await asyncio.to_thread(wait_until, condition, what=what)
+
+
+async def revoke(guard: Guard, created: CreatedKey, *others: Guard) -> None:
+    """Revoke a key through *guard* while *others* read the feed once, when it is committed."""
+    revoking = asyncio.create_task(guard.keys.revoke("acme", created.key.id))
+    await until(lambda: is_revoked(guard, created.key.id), what="the commit")
+    for other in others:
+        await freshness_of(other).poll()
+    await revoking
+
+
+def is_revoked(guard: Guard, key_id: UUID) -> bool:
+    """Tell whether the key's revocation is committed."""
+    keys = schema.keys.c
+    url = guard.settings.database_url
+    (row,) = execute(url, schema.keys.select().where(keys.id == key_id))
+    return row.revoked_at is not None
