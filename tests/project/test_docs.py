@@ -1,11 +1,13 @@
 """The documentation says what is so: its programs run, its tables match the code."""
 
+import asyncio
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -13,11 +15,18 @@ import msgspec
 import pytest
 
 from tests.support.servers import ROOT
-from tfm_guard import errors
+from tests.support.sql import execute
+from tfm_guard import Guard, errors
 from tfm_guard.cli import main
+from tfm_guard.confirmation import _MARGIN as MARGIN
+from tfm_guard.counters import Counters
 from tfm_guard.errors import Refusal
+from tfm_guard.freshness import FLOOR_SECONDS
+from tfm_guard.http import management
+from tfm_guard.http.management import CreatedKeyResponse, KeyRow
 from tfm_guard.scopes import BUILT_IN_SCOPES
 from tfm_guard.settings import Settings
+from tfm_guard.shared_cache import MAX_AGE_SECONDS
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,11 +62,11 @@ def table(text: str, *columns: str) -> list[tuple[str, ...]]:
     return [tuple(cell.strip(" `") for cell in line.strip("|").split("|")) for line in lines]
 
 
-def refusals() -> dict[str, tuple[int, str]]:
-    """Return status and code of each refusal of the library, by the name of its class."""
+def refusals(module: ModuleType) -> dict[str, tuple[int, str]]:
+    """Return status and code of each refusal in *module*, by the name of its class."""
     return {
         name: (kind.status, kind.code)
-        for name, kind in vars(errors).items()
+        for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, Refusal) and kind is not Refusal
     }
 
@@ -98,26 +107,66 @@ def test_the_settings_table_is_complete() -> None:
     expected = {}
     for field in msgspec.structs.fields(Settings):
         value = getattr(defaults, field.name)
-        text = value if isinstance(value, str) else json.dumps(value) if value != () else "none"
+        text = (
+            "none"
+            if value in (None, ())
+            else value
+            if isinstance(value, str)
+            else json.dumps(value)
+        )
         expected[f"TFM_GUARD_{field.name.upper()}"] = "required" if field.required else text
     assert documented == expected
 
 
 def test_the_errors_table_is_complete() -> None:
-    """The README has each status and code of errors.py once, and no other."""
+    """The README has each status and code of errors.py and of the management API, and no other."""
     rows = table(README, "status", "code", "when")
-    assert sorted((int(row[0]), row[1]) for row in rows) == sorted(refusals().values())
+    ours = {*refusals(errors).values(), *refusals(management).values()}
+    assert sorted((int(row[0]), row[1]) for row in rows) == sorted(ours)
 
 
 def test_the_errors_page_names_each_class() -> None:
     """docs/errors.md has each class with its status, its code, and a challenge if it sends one."""
     text = (ROOT / "docs" / "errors.md").read_text()
     rows = table(text, "class", "status", "code", "challenge", "to do")
-    assert {row[0]: (int(row[1]), row[2]) for row in rows} == refusals()
+    assert {row[0]: (int(row[1]), row[2]) for row in rows} == refusals(errors)
     for name, _, _, challenge, _ in rows:
         kind = getattr(errors, name)
         assert bool(challenge) == kind.challenged
         assert (f'error="{kind.bearer_error}"' in challenge) == (kind.bearer_error is not None)
+
+
+def test_every_counter_is_named() -> None:
+    """The README lists the numbers that `guard.counters` has, all of them."""
+    section = README.partition("`guard.counters` has")[2].partition("[docs/caching")[0]
+    assert set(re.findall(r"`([a-z_]+)`", section)) == set(Counters.__struct_fields__)
+
+
+def test_the_rows_of_the_management_api_are_documented() -> None:
+    """The README names the fields of the answers that create and list keys."""
+    create, listing, _ = table(README, "call", "needs", "answers")
+    assert re.findall(r"`([a-z_]+)`", create[2]) == list(CreatedKeyResponse.__struct_fields__)
+    assert re.findall(r"`([a-z_]+)`", listing[2]) == list(KeyRow.__struct_fields__)
+
+
+def test_the_durations_are_those_of_a_new_database(tmp_path: Path) -> None:
+    """The lease, the longest wait and the interval in the pages are what the code has."""
+    url = f"sqlite:///{tmp_path}/keys.db"
+    asyncio.run(Guard.from_urls(database=url).upgrade_schema())
+    shared = dict(map(tuple, execute(url, "SELECT name, value FROM tfm_settings")))
+    lease = float(shared["lease_seconds"])
+    page = (ROOT / "docs" / "caching.md").read_text()
+    assert f"until {lease:g} s after the start" in page
+    assert f"({shared['poll_seconds']} s, the same for all" in page
+    assert f"until {lease * MARGIN:g} s ({MARGIN:g} leases)" in page
+    assert f"kept for {FLOOR_SECONDS / 60:g} minutes" in page
+    assert f"less than {MAX_AGE_SECONDS / 60:g} minutes ago" in page
+
+
+def test_nothing_says_that_every_request_asks_the_database() -> None:
+    """What was so before there were caches stands on no page."""
+    for page in PAGES:
+        assert "every request asks" not in page.read_text().lower()
 
 
 def test_every_scope_is_named() -> None:
@@ -152,7 +201,7 @@ def test_the_exit_codes_are_those_of_the_help() -> None:
     page = (ROOT / "docs" / "command-line.md").read_text()
     assert main.epilog is not None
     assert [row[0] for row in table(page, "code", "meaning")] == re.findall(
-        r"^  ([0-9])  ", main.epilog, re.MULTILINE
+        r"^ *([0-9]+)  ", main.epilog, re.MULTILINE
     )
 
 
@@ -180,7 +229,7 @@ def test_the_transcript_is_what_the_demo_prints(tmp_path: Path) -> None:
 
 def _without_numbers(shown: str) -> str:
     changing = (r"(?<=127\.0\.0\.1:)\d+", r"(?<=in )/\S+", r" +[0-9.]+(?= ms)")
-    ids = (r"(?<=key )[0-9a-f]{8}", r"(?<=/)[0-9a-f]{7}(?=…)")
+    ids = (r"(?<=key )[0-9a-f]{8}", r"(?<=/)[0-9a-f]{3}(?=…)")
     return re.sub("|".join([*changing, *ids]), "#", shown)
 
 
@@ -189,7 +238,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     """A link to a file of this repository, and to a heading in it, leads to one that exists."""
     for link in re.findall(r"\]\((?!https:)([^)]+)\)", page.read_text()):
         path, _, heading = link.partition("#")
-        target = page.parent / path
+        target = page.parent / path if path else page
         assert target.exists(), link
         headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
         assert not heading or heading in [h.lower().replace(" ", "-") for h in headings], link
