@@ -24,6 +24,8 @@ _log: Final = logging.getLogger(__name__)
 
 # Room for clocks that run at different rates; no real ones differ by half.
 _MARGIN: Final = 1.5
+# Less than this is left over from rounding, and no clock sleeps for so short.
+_RESOLUTION_SECONDS: Final = 1e-6
 _FIRST_PAUSE_SECONDS: Final = 0.005
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 
@@ -56,11 +58,12 @@ class Confirmation:
             if register and not behind:
                 return Revocation(how="acknowledged", workers=len(register), seconds=seconds)
             silent &= behind
-            if seconds >= self._wait:
+            left = self._wait - seconds
+            if left < _RESOLUTION_SECONDS:
                 marked = {worker for worker in silent if first[worker] == MARKED}
                 await self._strike_off(silent - marked, change.id, marked)
                 return Revocation(how="lease", workers=len(register), seconds=seconds)
-            await self._clock.sleep(min(pause, self._wait - seconds))
+            await self._clock.sleep(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             register = await self._read_register()
 
