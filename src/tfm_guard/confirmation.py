@@ -102,6 +102,10 @@ class Confirmation:
         """
         if not silent and not marked:
             return
-        _log.warning("%d processes did not confirm a change", len(silent) + len(marked))
+        _log.warning(
+            "not every process confirmed a change, which took %.1f s to be safe for that: %s",
+            self._wait,
+            ", ".join(map(str, [*silent, *marked])),
+        )
         with contextlib.suppress(Unavailable):
             await self._store.strike_off(silent, change_id, marked=marked)
