@@ -148,7 +148,6 @@ async def _retrying(attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
         except PoolTimeout:
             raise Unavailable("all database connections are in use") from None
         except DBAPIError as error:
-            # With the connection lost while committing, nobody knows whether it took place.
             if left and _may_be_tried_again(error, committing=bool(committing)):
                 continue
             raise _unavailable(error) from None
