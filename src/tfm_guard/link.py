@@ -54,10 +54,14 @@ class Message(Struct, array_like=True, frozen=True):
 
 
 class Acknowledgement(Struct, array_like=True, frozen=True):
-    """A process says that it has handled a message whose last change is *change_id*."""
+    """A process says that it has handled a message whose last change is *change*.
+
+    Its number alone would not do: who joins the wait for a key that was revoked earlier names the
+    head of the feed at that moment, and may do so for several keys.
+    """
 
     worker_id: UUID
-    change_id: int
+    change: Change
 
 
 class Seals:
@@ -74,14 +78,15 @@ class Seals:
         return body + _mac(self._keys[0], channel, body)
 
     def open(self, channel: str, payload: bytes, kind: type[T]) -> T | None:
-        """Return what was sent on *channel*; none unless it was sealed by one of us."""
+        """Return what was sent on *channel*; none unless it was sealed by one of us.
+
+        Raises `msgspec.MsgspecError` if it was, by a release with other fields: what it says is
+        not known then, and may not be passed over.
+        """
         body, mac = payload[:-_SEAL_BYTES], payload[-_SEAL_BYTES:]
         if not any(compare_digest(mac, _mac(key, channel, body)) for key in self._keys):
             return None
-        try:
-            return msgspec.msgpack.decode(body, type=kind)
-        except msgspec.MsgspecError:
-            return None  # of a release with other fields
+        return msgspec.msgpack.decode(body, type=kind)
 
 
 class Link:
@@ -111,7 +116,7 @@ class Link:
         self._counters = counters
         self._publisher = Publisher(connect)
         self._asked: dict[bytes, float] = {}  # nonces of PINGs, and when each was sent, monotonic
-        self._awaited: defaultdict[int, list[Acknowledgements]] = defaultdict(list)
+        self._awaited: defaultdict[Change, list[Acknowledgements]] = defaultdict(list)
         self._running: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -138,16 +143,16 @@ class Link:
         return self._name_of(await self._publisher.publish(self._changes, payload))
 
     @contextlib.contextmanager
-    def acknowledgements(self, change_id: int) -> "Iterator[Acknowledgements]":
-        """Collect acknowledgements of messages whose last change is *change_id* meanwhile."""
+    def acknowledgements(self, change: Change) -> "Iterator[Acknowledgements]":
+        """Collect acknowledgements of messages whose last change is *change* meanwhile."""
         collected = Acknowledgements()
-        self._awaited[change_id].append(collected)
+        self._awaited[change].append(collected)
         try:
             yield collected
         finally:
-            self._awaited[change_id].remove(collected)
-            if not self._awaited[change_id]:
-                del self._awaited[change_id]
+            self._awaited[change].remove(collected)
+            if not self._awaited[change]:
+                del self._awaited[change]
 
     def _name_of(self, run_id: str) -> str:
         # Processes that seal with different keys do not understand each other for certain.
@@ -160,12 +165,12 @@ class Link:
             try:
                 await self._serve_a_connection()
             except Exception as error:  # noqa: BLE001  # whatever it is, the next one may be better
+                if self._clock.monotonic() - began > _LONGEST_PAUSE_SECONDS:
+                    pause = _FIRST_PAUSE_SECONDS  # it had been good
                 if pause == _FIRST_PAUSE_SECONDS:
                     _log.warning("changes do not arrive over Redis now: %r", error)
             finally:
                 self._freshness.link_went()
-            if self._clock.monotonic() - began > _LONGEST_PAUSE_SECONDS:
-                pause = _FIRST_PAUSE_SECONDS  # it had been good
             # Jittered, so that processes that lost Redis together do not return together.
             await self._clock.sleep(random.uniform(pause / 2, pause * 3 / 2))  # noqa: S311
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
@@ -241,7 +246,7 @@ class Link:
             self._freshness.apply(change)
         if self._freshness.worker_id in message.struck_off:
             self._freshness.start_afresh()
-        acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1].id)
+        acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1])
         self._publisher.publish_soon(
             message.reply_to, self._seals.seal(message.reply_to, acknowledgement)
         )
@@ -251,7 +256,7 @@ class Link:
         if acknowledgement is None:
             self._counters.link_rejected += 1
             return
-        for collected in self._awaited.get(acknowledgement.change_id, ()):
+        for collected in self._awaited.get(acknowledgement.change, ()):
             collected.add(acknowledgement.worker_id)
 
 
