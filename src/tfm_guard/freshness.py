@@ -320,7 +320,7 @@ class Freshness:
                 await self._store.record_place(worker_id, place)
                 if worker_id == self.worker_id:
                     self._note_recorded(place)
-                    if place.link is not None and not self._link_counts:
+                    if self._link is not None and not self._link_counts:
                         self._poll_soon.set()
         finally:
             self._recording = None
