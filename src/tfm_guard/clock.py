@@ -38,5 +38,8 @@ class SystemClock:
         if unless is None:
             await asyncio.sleep(seconds)
         else:
+            # Not wait_for: in Python 3.11 that loses a cancellation that comes together with the
+            # event, and who has cancelled this waits for ever.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(unless.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await unless.wait()
