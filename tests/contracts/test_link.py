@@ -114,7 +114,7 @@ class Process:
 
     async def is_cut_off(self) -> None:
         """Return when the link is found lost, and the next attempt to connect is waited for."""
-        await until(lambda: not self.freshness.linked, what="the loss of the link")
+        await until(lambda: not self.freshness.connected, what="the loss of the link")
 
     async def connects_again(self) -> None:
         """Let the pause before connecting again pass, as often as it takes."""
