@@ -1,0 +1,57 @@
+"""Search one world after another: `python -m tests.simulation --seed N --steps N`."""
+
+import argparse
+import gc
+import logging
+import sys
+import time
+from collections import Counter
+
+from tests.simulation.invariants import Violation
+from tests.simulation.world import World
+
+WORLD_STEPS = 2000
+
+
+def explore(seed: int, *, verbose: bool = False) -> World:
+    """Return the world made from *seed*, at its end or at its violation."""
+    world = World(seed, verbose=verbose)
+    try:
+        world.run(WORLD_STEPS)
+    except Violation:
+        pass
+    return world
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--keep-going", action="store_true")
+    options = parser.parse_args()
+    logging.disable()
+    gc.disable()
+    seed, steps, counts = options.seed, 0, Counter()
+    failed = []
+    began = time.perf_counter()
+    while steps < options.steps:
+        world = explore(seed)
+        steps += world.steps
+        counts += world.counts
+        if world.violation is not None:
+            failed.append((seed, world.steps, world.violation))
+            print(seed, world.steps, world.violation)
+            if not options.keep_going:
+                print("\n".join(explore(seed, verbose=True).trace))
+                break
+        seed += 1
+        if seed % 10 == 0:
+            gc.collect()
+    seconds = time.perf_counter() - began
+    print(f"{steps} steps in {seconds:.1f} s, {steps / seconds:.0f}/s; seeds {options.seed}..{seed}")
+    print(counts)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

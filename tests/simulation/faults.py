@@ -1,0 +1,199 @@
+"""What goes wrong: each fault is begun, and returns how it ends."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tests.simulation.redis_servers import Value
+
+if TYPE_CHECKING:
+    from tests.simulation.process import Process
+    from tests.simulation.world import World
+
+End = Callable[[], None]
+Fault = Callable[["World"], End]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _victims(world: "World") -> "list[Process]":
+    """Return one process, or all."""
+    if world.timeline.random.random() < 0.25:
+        return list(world.processes)
+    return [world.timeline.random.choice(world.processes)]
+
+
+def pause(world: "World") -> End:
+    """A process stops, or its event loop stalls, while time goes on."""
+    victims = _victims(world)
+    for process in victims:
+        process.paused = True
+    return lambda: [setattr(process, "paused", False) for process in victims] and None
+
+
+def crash(world: "World") -> End:
+    """A process is killed; later another takes its place."""
+    process = world.timeline.random.choice(world.processes)
+    if process.running:
+        process.crash()
+    return lambda: None if process.running else process.start()
+
+
+def restart(world: "World") -> End:
+    """A process closes its guard in good order and is then replaced."""
+    process = world.timeline.random.choice(world.processes)
+    if not process.running:
+        return _nothing
+    life = process.lives
+    process.spawn(process.guard.close())
+
+    def replace_it() -> None:
+        if process.lives == life:
+            if process.running:
+                process.crash()
+            process.start()
+
+    return replace_it
+
+
+def cut_from_database(world: "World") -> End:
+    """Processes lose the database: in silence, refused at once, or now and then."""
+    return _cut(world, "database")
+
+
+def cut_from_redis(world: "World") -> End:
+    """Processes lose Redis: in silence, refused at once, or now and then."""
+    return _cut(world, world.deployment.primary.name)
+
+
+def cut_from_both(world: "World") -> End:
+    """Processes lose the database and Redis at once."""
+    ends = [_cut(world, "database"), _cut(world, world.deployment.primary.name)]
+    return lambda: [end() for end in ends] and None
+
+
+def _cut(world: "World", server: str) -> End:
+    network = world.network
+    pairs = {(process.name, server) for process in _victims(world)}
+    how = world.timeline.random.choice((network.silent, network.refused, network.losing))
+    how |= pairs
+    return lambda: how.difference_update(pairs)
+
+
+def stop_database(world: "World") -> End:
+    """The database is down."""
+    world.database.up = False
+    return lambda: setattr(world.database, "up", True)
+
+
+def stop_redis(world: "World") -> End:
+    """Redis is killed; it comes back empty, or with what it had saved."""
+    server = world.deployment.primary
+    server.up = False
+
+    def come_back() -> None:
+        values = world.timeline.random.choice([{}, *world.deployment.snapshots])
+        server.restart(world.deployment.new_run_id(), dict(values))
+
+    return come_back
+
+
+def freeze_redis(world: "World") -> End:
+    """Redis answers nothing for a while, and then everything."""
+    server = world.deployment.primary
+    server.paused_until = world.timeline.now + world.timeline.random.uniform(0.1, 5.0)
+    return lambda: setattr(server, "paused_until", 0.0)
+
+
+def pause_writes(world: "World") -> End:
+    """Redis executes no command that writes for a while."""
+    server = world.deployment.primary
+    server.writes_paused_until = world.timeline.now + world.timeline.random.uniform(0.1, 5.0)
+    return lambda: setattr(server, "writes_paused_until", 0.0)
+
+
+def empty_redis(world: "World") -> End:
+    """Somebody flushes Redis, or memory pressure evicts a part."""
+    values = world.deployment.primary.values
+    for name in list(values):
+        if world.timeline.random.random() < world.timeline.random.choice((0.5, 1.0)):
+            del values[name]
+    return _nothing
+
+
+def restore_redis(world: "World") -> End:
+    """Redis is set back to what it held at an earlier moment."""
+    if world.deployment.snapshots:
+        snapshot = world.timeline.random.choice(world.deployment.snapshots)
+        world.deployment.primary.values = dict(snapshot)
+    return _nothing
+
+
+def replay(world: "World") -> End:
+    """Somebody writes entries back that were genuine once, again and again."""
+    going_on = [True]
+
+    def write() -> None:
+        for snapshot in world.deployment.snapshots:
+            for name, value in snapshot.items():
+                ends = world.timeline.now + 100.0
+                world.deployment.primary.values[name] = replace(value, ends=ends)
+        if going_on:
+            world.timeline.after(0.05, write)
+
+    write()
+    return going_on.clear
+
+
+def vandalize(world: "World") -> End:
+    """Somebody writes what is no entry, or the entry of another key."""
+    random = world.timeline.random
+    values = world.deployment.primary.values
+    names = list(values)
+    for name in names:
+        content = values[random.choice(names)].content
+        if isinstance(content, bytes):
+            position = random.randrange(len(content))
+            broken = content[:position] + random.randbytes(1) + content[position + 1 :]
+            content = random.choice([content, broken, content[:position], random.randbytes(9), [b"x"]])
+        values[name] = Value(content, world.timeline.now + 100.0)
+    return _nothing
+
+
+def fail_over(world: "World") -> End:
+    """A replica that lags behind takes over; the old primary becomes its replica."""
+    deployment = world.deployment
+    old = deployment.primary
+    new = next(server for server in deployment.servers if server is not old)
+    snapshots = deployment.snapshots or [{}]
+    new.restart(deployment.new_run_id(), dict(world.timeline.random.choice(snapshots[-2:])))
+    old.role = "slave"
+    deployment.primary = new
+    return _nothing
+
+
+def answer_with_old_rows(world: "World") -> End:
+    """The database answers a process with rows older than what that process knows to be there."""
+    world.database.stale = True
+    return lambda: setattr(world.database, "stale", False)
+
+
+FAULTS: tuple[Fault, ...] = (
+    pause,
+    crash,
+    restart,
+    cut_from_database,
+    cut_from_redis,
+    cut_from_both,
+    stop_database,
+    stop_redis,
+    freeze_redis,
+    pause_writes,
+    empty_redis,
+    restore_redis,
+    replay,
+    vandalize,
+    fail_over,
+)

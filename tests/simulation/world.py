@@ -1,0 +1,255 @@
+"""A world: some processes, one database, Redis, people, faults; and one step after another."""
+
+import asyncio
+import contextlib
+import functools
+import struct
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from random import Random
+from typing import Any
+
+from tests.simulation import faults
+from tests.simulation.actors import Actors
+from tests.simulation.database import SimDatabase
+from tests.simulation.invariants import Oracle, Violation
+from tests.simulation.network import Network
+from tests.simulation.process import Process, SimThreads
+from tests.simulation.redis_servers import Deployment
+from tests.simulation.timeline import Timeline
+from tfm_guard import freshness, hashing, reader, shared_cache
+from tfm_guard.settings import Settings
+from tfm_guard.store import Installation
+from tfm_guard.testing import CHEAP_HASHING
+
+_QUIET_SECONDS = 5.0
+_REMEMBERED = 60  # events that are shown of a world that went wrong
+
+
+class World:
+    """Everything there is, made from one *seed*. Raises `Violation` where an invariant fails."""
+
+    def __init__(self, seed: int, *, verbose: bool = False) -> None:
+        self.seed = seed
+        self.steps = 0
+        self.digest = 0
+        self.counts: Counter[str] = Counter()
+        self.max_age = 8.0
+        self.violation: Violation | None = None
+        self.trace: deque[str] = deque(maxlen=_REMEMBERED)
+        self._verbose = verbose
+        self.timeline = Timeline(seed)
+        self.random = self.timeline.random
+        self.settings = _settings(self.random)
+        self.installation = _installation(self.random)
+        self.network = Network(self.timeline)
+        self.deployment = Deployment(self.timeline)
+        dialect = self.random.choice(("sqlite", "postgresql"))
+        self.database = SimDatabase(self.timeline, self.installation, dialect=dialect)
+        count = self.random.choice((2, 2, 3))
+        self.processes = [Process(f"p{number}", self) for number in range(count)]
+        self.oracle = Oracle(self)
+        self.actors = Actors(self)
+        self._eager = self.random.choice((0.5, 0.9, 1.0))  # how surely work comes before time
+        self._ends: list[Callable[[], None]] = []
+        self._faults = [fault for fault in faults.FAULTS if self.random.random() < 0.25]
+        self._fault_pause = self.random.choice((0.3, 1.0, 3.0))  # seconds between two
+        self.timeline.after(self.random.uniform(0.5, 2.0), self._go_wrong)
+        self.timeline.after(0.5, self._save_redis)
+
+    def run(self, steps: int) -> None:
+        """Take that many steps, then heal everything and see that all is well again."""
+        with self._in_place():
+            try:
+                while self.steps < steps:
+                    self._step()
+                self._recover()
+            finally:
+                for process in self.processes:
+                    process.crash()
+
+    def fail(self, invariant: int, what: str) -> None:
+        """Note that an invariant does not hold; the step that this happens in is the last."""
+        if self.violation is None:
+            self.violation = Violation(invariant, what)
+            self.trace.append(f"{self.timeline.now:10.4f}  VIOLATION  {self.violation}")
+
+    def count(self, what: str) -> None:
+        """Note that something happened that the run should have had."""
+        self.counts[what] += 1
+
+    def note(self, who: object, what: str) -> None:
+        """Add to the trace."""
+        if self._verbose:
+            self.trace.append(f"{self.timeline.now:10.4f}  {who}  {what}")
+
+    def note_error(self, context: dict[str, Any]) -> None:
+        """Take what asyncio could only report for what it is: a fault."""
+        self.fail(16, f"{context.get('message')}: {context.get('exception')!r}")
+
+    def current_process(self) -> Process:
+        """Return the process whose code is running."""
+        loop = asyncio.get_running_loop()
+        return next(process for process in self.processes if process.loop is loop)
+
+    def _step(self) -> None:
+        self.steps += 1
+        ready = [process for process in self.processes if process.is_ready()]
+        who = 0
+        if ready and self._work_comes_first():
+            process = self.random.choice(ready)
+            who = 1 + self.processes.index(process)
+            if self._verbose:
+                self.note(process, describe(process.loop.ready[0]))
+            process.loop.run_one()
+        else:
+            self.timeline.advance()
+        self.digest = zlib.crc32(struct.pack("<dB", self.timeline.now, who), self.digest)
+        self.oracle.check_memories()
+        if self.violation is not None:
+            raise self.violation
+
+    def _work_comes_first(self) -> bool:
+        """Tell whether somebody who has something to do does it before more time passes."""
+        soon = self.timeline.next_time() < self.timeline.now + 0.02
+        return not soon or self.random.random() < self._eager
+
+    def _run_for(self, seconds: float) -> None:
+        end = self.timeline.now + seconds
+        while self.timeline.now < end:
+            self._step()
+
+    def _recover(self) -> None:
+        self._faults.clear()
+        for end in self._ends:
+            end()
+        self.network.heal()
+        self._eager = 1.0
+        for process in self.processes:
+            process.paused = False
+            if not process.running:
+                process.start()
+        self.actors.calm_down()
+        self.note("world", "all faults are healed")
+        self._run_for(_QUIET_SECONDS)
+        self.oracle.check_recovery()
+        self._ask_everywhere()
+        self.actors.stop()
+        self._run_for(3.0)
+        self.oracle.check_idle()
+        self._raise_if_failed()
+
+    def _ask_everywhere(self) -> None:
+        asked = [
+            (process, facts, self.actors.verify(process, facts))
+            for process in self.processes
+            for facts in self.oracle.good_keys()
+        ]
+        self._run_for(1.5)
+        for process, facts, task in asked:
+            if not task.done() or not task.result():
+                self.fail(19, f"{process} does not accept {facts} although all is well")
+
+    def _raise_if_failed(self) -> None:
+        if self.violation is not None:
+            raise self.violation
+
+    def _go_wrong(self) -> None:
+        if not self._faults:
+            return
+        fault = self.random.choice(self._faults)
+        end = fault(self)
+        self.count(fault.__name__)
+        self.note("world", fault.__name__)
+
+        def heal() -> None:
+            self._ends.remove(heal)
+            end()
+            self.note("world", f"{fault.__name__} ends")
+
+        self._ends.append(heal)
+        self.timeline.after(self.random.choice((0.1, 1.0, 4.0)) * self.random.random(), self._heal, heal)
+        self.timeline.after(self.random.expovariate(1 / self._fault_pause), self._go_wrong)
+
+    def _heal(self, end: Callable[[], None]) -> None:
+        if end in self._ends:
+            end()
+
+    def _save_redis(self) -> None:
+        snapshots = self.deployment.snapshots
+        snapshots.append(dict(self.deployment.primary.values))
+        del snapshots[:-5]
+        self.timeline.after(1.0, self._save_redis)
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Put this world around the real code."""
+        remember = reader.KeyReader._remember  # noqa: SLF001  # watched, not changed
+
+        def watched(self_: Any, prefix: str, known: Any, *args: Any) -> None:
+            remember(self_, prefix, known, *args)
+            kept = self_._local.entries.get(prefix.encode())  # noqa: SLF001
+            if kept is not None:
+                process = self.current_process()
+                self.oracle.check_remembered(process, known.entry, kept.deadline)
+
+        with contextlib.ExitStack() as stack:
+            for target, name, value in (
+                (hashing, "ThreadPoolExecutor", functools.partial(SimThreads, world=self)),
+                (shared_cache, "_client", lambda _url: self.current_process().redis_client()),
+                (shared_cache, "random", self.random),
+                (shared_cache, "MAX_AGE_SECONDS", self.max_age),
+                (reader, "MAX_AGE_SECONDS", self.max_age),
+                (freshness, "FLOOR_SECONDS", 2 * self.max_age),
+                (reader.KeyReader, "_remember", watched),
+            ):
+                stack.enter_context(replaced(target, name, value))
+            yield
+
+
+@contextlib.contextmanager
+def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Have *target* hold *value* under *name* for a while."""
+    former = vars(target)[name]
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, former)
+
+
+def describe(handle: asyncio.Handle) -> str:
+    """Say what a callback is about to do."""
+    callback: Any = handle._callback  # type: ignore[attr-defined]  # noqa: SLF001  # shown, not used
+    task = getattr(callback, "__self__", None)
+    if not isinstance(task, asyncio.Task):
+        return str(getattr(callback, "__qualname__", callback))
+    place, coroutine = "", task.get_coro()
+    while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
+        frame = coroutine.cr_frame
+        place += f" > {coroutine.__qualname__}:{frame.f_lineno}"
+        coroutine = getattr(coroutine, "cr_await", None)
+    return f"task {getattr(task, 'number', '?')}{place}"
+
+
+def _settings(random: Random) -> Settings:
+    return Settings.load(
+        {},
+        database_url="sqlite:///simulated",
+        redis_url=random.choice((None, "redis://simulated", "redis://simulated")),
+        plans={"free": 4},
+        local_cache_size=random.choice((2, 100)),
+        **CHEAP_HASHING,
+    )
+
+
+def _installation(random: Random) -> Installation:
+    lease = random.choice((0.5, 1.0, 2.0))
+    return Installation(
+        id="simulated",
+        root_secret=random.randbytes(32),
+        tag_key=random.randbytes(32),
+        lease=lease,
+        poll_interval=lease / 8,
+    )
