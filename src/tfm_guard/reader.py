@@ -14,9 +14,13 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.local_cache import LocalCache
-from tfm_guard.records import CacheEntry, KeyCredentials, StoredKey, VerifiedKey
+from tfm_guard.records import CacheEntry, Change, KeyCredentials, StoredKey, VerifiedKey
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
 from tfm_guard.store import Store
+
+
+# A change that was not read from the feed.
+_UNNUMBERED: Final = 0
 
 
 class Known(NamedTuple):
@@ -187,6 +191,7 @@ class KeyReader:
         if self._still_stands(prefix, beginning):
             age = now - entry.sealed_at
             self._remember(prefix, known, self._clock.monotonic(), MAX_AGE_SECONDS - age)
+        self._learn(prefix, entry)
         return known
 
     def _know_row(self, row: StoredKey, digest: bytes, beginning: Beginning) -> Known:
@@ -211,7 +216,17 @@ class KeyReader:
             self._remember(row.prefix, known, beginning.monotonic, MAX_AGE_SECONDS)
             if self._shared is not None:
                 self._shared.put(row.prefix, entry)
+        self._learn(row.prefix, entry)
         return known
+
+    def _learn(self, prefix: str, entry: CacheEntry) -> None:
+        """Take a revocation that was read for known: who has refused a key does not accept it.
+
+        Memory may hold it from before, and a poll begun before the revocation may make memory count
+        again.
+        """
+        if entry.revoked and entry.version > self._freshness.floor(prefix):
+            self._freshness.apply(Change(_UNNUMBERED, "revoked", prefix, entry.version))
 
     def _still_stands(self, prefix: str, beginning: Beginning) -> bool:
         return (

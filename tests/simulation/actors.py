@@ -83,7 +83,11 @@ class Actors:
 
     def _verify_one(self) -> None:
         process, facts = self._some_process(), self._some_key()
-        if process is not None and facts is not None:
+        if process is None:
+            return
+        if facts is None:
+            self._verify_wrong()
+        else:
             self.verify(process, facts)
 
     def _verify_many(self) -> None:
@@ -95,9 +99,10 @@ class Actors:
 
     def _verify_wrong(self) -> None:
         process, facts = self._some_process(), self._some_key()
-        if process is not None and facts is not None:
-            random = bytes.fromhex(facts.prefix) + self._random.randbytes(16)
-            self._call(process, self._ask_wrong(process, self._tagger.mint(random)))
+        if process is not None:
+            prefix = self._random.randbytes(4) if facts is None else bytes.fromhex(facts.prefix)
+            token = self._tagger.mint(prefix + self._random.randbytes(16))
+            self._call(process, self._ask_wrong(process, token))
 
     def _create(self) -> None:
         if (process := self._some_process()) is not None:
