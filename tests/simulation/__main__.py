@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 
+from tests.simulation.breaks import BREAKS
 from tests.simulation.invariants import Violation
 from tests.simulation.world import World
 
@@ -23,12 +24,39 @@ def explore(seed: int, *, verbose: bool = False) -> World:
     return world
 
 
+def search_breaks(which: str, first: int, limit: int) -> int:
+    for name, apply in BREAKS.items():
+        if which not in name:
+            continue
+        undo = apply()
+        steps, seed = 0, first
+        try:
+            while steps < limit:
+                world = explore(seed)
+                steps += world.steps
+                seed += 1
+                if world.violation is not None:
+                    print(f"{steps:8} seed {seed - 1:4} {name}: {str(world.violation)[:110]}", flush=True)
+                    break
+            else:
+                print(f"   -     {name}: NOT CAUGHT", flush=True)
+        finally:
+            undo()
+        gc.collect()
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--keep-going", action="store_true")
+    parser.add_argument("--breaks")
     options = parser.parse_args()
+    if options.breaks is not None:
+        logging.disable()
+        gc.disable()
+        return search_breaks(options.breaks, options.seed, options.steps)
     logging.disable()
     gc.disable()
     seed, steps, counts = options.seed, 0, Counter()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tests.simulation.invariants import KeyFacts
 from tfm_guard.errors import GuardError, InvalidToken, KeyNotFound, PlanLimitReached, Unavailable
 from tfm_guard.records import Change
-from tfm_guard.token import Tagger
+from tfm_guard.token import RANDOM_BYTES, Tagger
 
 if TYPE_CHECKING:
     from tests.simulation.loop import SimTask
@@ -27,18 +27,19 @@ class Actors:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.timeline.random
-        self._pause = self._random.choice((0.01, 0.05, 0.2))  # seconds between arrivals
+        self._pause = self._random.choice((0.005, 0.02, 0.1))  # seconds between arrivals
         self._tagger = Tagger(world.installation.tag_key)
         self._calls: list[tuple[Process, SimTask[Any]]] = []
         self._cancelled: set[SimTask[Any]] = set()
+        self._early: set[bytes] = set()  # tokens that were asked about before they were made
         self._verifying_only = False
         self._stopped = False
         self._deeds: list[Callable[[], None]] = [
             *[self._verify_one] * 12,
             *[self._verify_many] * 3,
             self._verify_wrong,
-            *[self._create] * 2,
-            *[self._revoke] * 2,
+            *[self._create] * 3,
+            *[self.revoke] * 2,
             self._revoke_again,
             self._cancel,
             self._list,
@@ -108,7 +109,8 @@ class Actors:
         if (process := self._some_process()) is not None:
             self._call(process, self._make(process, self._random.choice(ACCOUNTS)))
 
-    def _revoke(self) -> None:
+    def revoke(self) -> None:
+        """Have some process revoke a key."""
         process, facts = self._some_process(), self._some_key()
         if process is not None and facts is not None:
             self._call(process, self._end(process, facts))
@@ -144,6 +146,12 @@ class Actors:
             if process.running:
                 self.verify(process, facts)
 
+    def _ask_too_early(self, token: bytes) -> None:
+        self._early.add(token)
+        for process in self._world.processes:
+            if process.running:
+                self._call(process, self._ask_wrong(process, token))
+
     # What happens inside a process.
 
     async def _ask(self, process: "Process", facts: KeyFacts) -> bool:
@@ -153,7 +161,7 @@ class Actors:
             key = await process.guard.verify(facts.token)
         except InvalidToken as error:
             world.count("refused")
-            world.oracle.refused(process, facts, error.reason, began)
+            world.oracle.refused(process, facts, error.reason, began, at)
         except Unavailable:
             world.count("unavailable")
         except BaseException as error:  # noqa: BLE001  # it is judged there
@@ -172,13 +180,18 @@ class Actors:
         except BaseException as error:  # noqa: BLE001  # it is judged there
             self._judge(process, error)
         else:
-            self._world.fail(6, f"{process} accepts a wrong secret")
+            self._world.oracle.accepted_unknown(process, token)
 
     async def _make(self, process: "Process", account_id: str) -> None:
         expires_at = None
         if self._random.random() < 0.2:
             seconds = self._random.uniform(1.0, 20.0)
             expires_at = self._world.database.now + timedelta(seconds=seconds)
+        if self._random.random() < 0.2:
+            chosen = self._random.randbytes(RANDOM_BYTES)
+            self._ask_too_early(self._tagger.mint(chosen))
+            await asyncio.sleep(0.01)
+            process.next_random = chosen  # what the guard makes its next token of
         try:
             created = await process.guard.keys.create(
                 account_id=account_id, name="a key", expires_at=expires_at
@@ -189,7 +202,8 @@ class Actors:
             self._judge(process, error)
         else:
             self._world.count("created")
-            self._world.oracle.created(created.token.encode(), created.key)
+            token = created.token.encode()
+            self._world.oracle.created(token, created.key, asked_before=token in self._early)
 
     async def _end(self, process: "Process", facts: KeyFacts) -> None:
         try:

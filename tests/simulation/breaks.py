@@ -70,15 +70,9 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "a process trusts memory as soon as it is registered": Break(
         Freshness,
         "_join",
-        "        state = await self._store.poll(self.worker_id, 0)",
-        "        self.fresh_until = started + self._lease\n"
-        "        state = await self._store.poll(self.worker_id, 0)",
-    ),
-    "a process reads the feed before it is in the register": Break(
-        Freshness,
-        "_join",
-        "    await self._store.register_worker(",
-        "    await self._clock.sleep(0)\n    await self._store.register_worker(",
+        "    state = await self._store.poll(self.worker_id, 0)",
+        "    self.fresh_until = started + self._lease\n"
+        "    state = await self._store.poll(self.worker_id, 0)",
     ),
     "a process that was struck off goes on": Break(
         Freshness, "poll", "if state is None or changes is None:", "if state is None:\n        return\n    if changes is None:"
@@ -205,6 +199,9 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         Confirmation, "wait", "self._freshness.apply(change)", "pass"
     ),
     "changes are numbered before they are committed": Break(
-        database.SimStore, "transact", "_at_once(work(transaction))", "_at_once(work(transaction))"
+        database.SimTransaction,
+        "__init__",
+        "self._number = 0",
+        "tables.sequence += 1\n    self._number = tables.sequence",
     ),
 }

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-from tests.simulation.network import Network
+from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
@@ -61,6 +61,7 @@ class Tables:
     workers: dict[UUID, WorkerRow] = field(default_factory=dict)
     changes: list[tuple[Change, datetime]] = field(default_factory=list)
     head: int = 0
+    sequence: int = 0  # numbers given out by a break, before the commit
     audit: list[tuple[str, UUID]] = field(default_factory=list)
 
     def key(self, key_id: UUID) -> KeyRow | None:
@@ -84,6 +85,7 @@ class SimTransaction:
         self._tables = tables
         self._pending: list[tuple[ChangeKind, str, int]] = []
         self._effects: list[Callable[[], None]] = []
+        self._number = 0  # of its change, if it was taken before the commit
 
     async def lock_account(self, account_id: str) -> Account:
         plans = self._tables.plans
@@ -140,8 +142,9 @@ class SimTransaction:
         for effect in self._effects:
             effect()
         for change in self._pending:
-            self._tables.head += 1
-            self.changes.append(Change(self._tables.head, *change))
+            number = self._number or self._tables.head + 1
+            self._tables.head = max(number, self._tables.head)
+            self.changes.append(Change(number, *change))
             self._tables.changes.append((self.changes[-1], self.now))
 
 
@@ -162,7 +165,7 @@ class SimDatabase:
         self.last_reads: dict[str, float] = {}  # when a key's row was last read, in seconds
         # Whether rows are read as they were, by processes that know of their later change.
         self.stale = False
-        self._dialect = dialect
+        self.dialect = dialect
         self._timeline = timeline
 
     @property
@@ -173,6 +176,11 @@ class SimDatabase:
     def begin(self) -> SimTransaction:
         """Return a new transaction."""
         return SimTransaction(self.tables, self.now)
+
+    def time_of_commit(self) -> float:
+        """Return when a transaction that begins now comes to its COMMIT."""
+        lag = self._timeline.random.choice((0.001, 0.001, 0.5))
+        return self._timeline.now + self._timeline.random.uniform(0, lag)
 
     def commit(self, transaction: SimTransaction) -> None:
         """Commit it."""
@@ -202,11 +210,11 @@ class SimDatabase:
         self.tables.workers.pop(worker_id, None)
 
     def poll(self, worker_id: UUID, seen: int) -> FeedState | None:
-        if self._dialect == "postgresql" and seen > self.tables.head:
+        if self.dialect == "postgresql" and seen > self.tables.head:
             return None
         if worker_id not in self.tables.workers or self.tables.workers[worker_id].seen < 0:
             return None
-        if self._dialect == "postgresql":
+        if self.dialect == "postgresql":
             self.record_seen(worker_id, seen)
         return FeedState(self.tables.head, self.now)
 
@@ -271,11 +279,15 @@ class SimStore:
     async def transact(
         self, work: Callable[[Any], Awaitable[T]]
     ) -> tuple[T, list[Change]]:
+        begun: list[SimTransaction] = []
+
         def run() -> tuple[T, list[Change]]:
-            transaction = self._database.begin()
-            result = _at_once(work(transaction))
-            self._database.commit(transaction)
-            return result, transaction.changes
+            if not begun:
+                begun.append(self._database.begin())
+                raise Postponed(self._database.time_of_commit())
+            result = _at_once(work(begun[0]))
+            self._database.commit(begun[0])
+            return result, begun[0].changes
 
         result, changes = await self._write(run)
         for change in changes:

@@ -78,6 +78,8 @@ def _cut(world: "World", server: str) -> End:
     network = world.network
     pairs = {(process.name, server) for process in _victims(world)}
     how = world.timeline.random.choice((network.silent, network.refused, network.losing))
+    if server == "database" and world.database.dialect == "sqlite":
+        how = network.refused  # a file loses no messages
     how |= pairs
     return lambda: how.difference_update(pairs)
 

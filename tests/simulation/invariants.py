@@ -46,6 +46,7 @@ class KeyFacts:
     expires: float  # seconds
     committed: float = float("inf")  # when its revocation was, in seconds
     returned: int | None = None  # the step in which revoking it returned
+    early: float = -1.0  # until when processes may not know of it, having been asked too early
     refused: dict[str, int] = field(default_factory=dict)  # process to step: first told "revoked"
 
     def __post_init__(self) -> None:
@@ -71,14 +72,19 @@ class Oracle:
         for server in world.deployment.servers:
             server.on_fill = self._check_fill
 
-    def created(self, token: bytes, key: Any) -> KeyFacts:
-        """Note a new key, which whoever asks from now on must be told is good."""
+    def created(self, token: bytes, key: Any, *, asked_before: bool) -> KeyFacts:
+        """Note a new key, which whoever asks from now on must be told is good.
+
+        Who was *asked before* about its token may have to learn of it first, within the lease.
+        """
         expires = float("inf")
         if key.expires_at is not None:
             expires = (key.expires_at - START).total_seconds()
         facts = KeyFacts(
             token, key.key_prefix, key.id, key.account_id, self._world.steps, expires
         )
+        if asked_before:
+            facts.early = self._world.timeline.now + self._stale_after
         self.keys[key.key_prefix] = facts
         return facts
 
@@ -100,13 +106,23 @@ class Oracle:
         if not same or not key.scopes <= row.scopes or key.record[:16] != row.digest:
             self._world.fail(6, f"{process} accepts {facts} as {key!r}")
 
-    def refused(self, process: "Process", facts: KeyFacts, reason: str, began: int) -> None:
-        """Check that a verification that began in that step was right to refuse."""
+    def refused(
+        self, process: "Process", facts: KeyFacts, reason: str, began: int, at: float
+    ) -> None:
+        """Check that a verification that began in that step, then, was right to refuse."""
         now = self._world.timeline.now
-        if facts.created < began and facts.committed > now and facts.expires > now + 1.0:
+        good = facts.created < began and facts.committed > now and facts.expires > now + 1.0
+        if good and (reason != "unknown prefix" or at > facts.early):
             self._world.fail(9, f"{process} refuses {facts}, which is good, as {reason}")
         if reason == "revoked":
             facts.refused.setdefault(process.name, self._world.steps)
+
+    def accepted_unknown(self, process: "Process", token: bytes) -> None:
+        """Check that a token that nobody was given was made a key's meanwhile."""
+        row = self._world.database.tables.keys.get(token[6:14].decode())
+        facts = self.keys.get(token[6:14].decode())
+        if row is None or (facts is not None and facts.token != token):
+            self._world.fail(6, f"{process} accepts a wrong secret")
 
     def check_memories(self) -> None:
         """Check that no memory would accept what was revoked, were it asked now."""
@@ -191,8 +207,9 @@ class Oracle:
             if process.parts is None or process.freshness.worker_id != worker_id:
                 continue
             checked = self._recorded.get(worker_id, 0)
-            for change in self._world.database.changes_between(checked, seen):
-                at = self._world.database.tables.changes[change.id - 1][1]
+            for change, at in self._world.database.tables.changes:
+                if not checked < change.id <= seen:
+                    continue
                 age = (self._world.database.now - at).total_seconds()
                 floor = process.floor(change.prefix)
                 if floor < change.version and age < self._world.max_age:

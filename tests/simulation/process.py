@@ -26,7 +26,7 @@ class SimGuard(Guard):
         self._process = process
         self._world = world
         super().__init__(
-            world.settings, clock=process.clock, random=world.timeline.random.randbytes
+            world.settings, clock=process.clock, random=process.random
         )
 
     def _new_store(self) -> Store:
@@ -45,6 +45,7 @@ class Process:
         self.paused = False
         self.running = False
         self.lives = 0
+        self.next_random = b""
         self._world = world
         self.clock = SimClock(
             world.timeline, rate=random.uniform(0.99, 1.01), off=random.choice((0, 0, 3600, -3600))
@@ -58,6 +59,7 @@ class Process:
         """Begin another life."""
         self.lives += 1
         self.running, self.paused = True, False
+        self.next_random = b""
         self.loop = SimLoop(self._world.timeline, self.clock, self._world.note_error)
         self.guard = SimGuard(self, self._world)
         self.spawn(self._open())
@@ -85,6 +87,13 @@ class Process:
             await self.guard.open()
         except Exception as error:  # noqa: BLE001  # whatever it is, requests will meet it again
             self._world.note(self, f"not opened: {error!r}")
+
+    def random(self, count: int) -> bytes:
+        """Give the guard *count* random bytes; those to make a token of, if they were chosen."""
+        chosen, self.next_random = self.next_random, b""
+        if len(chosen) == count:
+            return chosen
+        return self._world.timeline.random.randbytes(count)
 
     def floor(self, prefix: str) -> int:
         """Return the version below which this process believes nothing about a key."""

@@ -24,6 +24,7 @@ from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
 
 _QUIET_SECONDS = 5.0
+_RECOVERING = 0.3  # how many worlds are healed at their end
 _REMEMBERED = 60  # events that are shown of a world that went wrong
 
 
@@ -64,7 +65,8 @@ class World:
             try:
                 while self.steps < steps:
                     self._step()
-                self._recover()
+                if self.random.random() < _RECOVERING:
+                    self._recover()
             finally:
                 for process in self.processes:
                     process.crash()
@@ -169,7 +171,9 @@ class World:
             self.note("world", f"{fault.__name__} ends")
 
         self._ends.append(heal)
-        self.timeline.after(self.random.choice((0.1, 1.0, 4.0)) * self.random.random(), self._heal, heal)
+        seconds = self.random.choice((0.1, 1.0, 3.0)) * self.installation.lease
+        self.timeline.after(seconds * self.random.random(), self._heal, heal)
+        self.timeline.after(seconds * self.random.random(), self.actors.revoke)
         self.timeline.after(self.random.expovariate(1 / self._fault_pause), self._go_wrong)
 
     def _heal(self, end: Callable[[], None]) -> None:
@@ -251,5 +255,5 @@ def _installation(random: Random) -> Installation:
         root_secret=random.randbytes(32),
         tag_key=random.randbytes(32),
         lease=lease,
-        poll_interval=lease / 8,
+        poll_interval=lease / 4,
     )
