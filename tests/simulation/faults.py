@@ -156,7 +156,7 @@ def vandalize(world: "World") -> End:
     names = list(values)
     for name in names:
         content = values[random.choice(names)].content
-        if isinstance(content, bytes):
+        if isinstance(content, bytes) and content:
             position = random.randrange(len(content))
             broken = content[:position] + random.randbytes(1) + content[position + 1 :]
             content = random.choice([content, broken, content[:position], random.randbytes(9), [b"x"]])
