@@ -25,8 +25,11 @@ def explore(seed: int, *, verbose: bool = False) -> World:
 
 
 def search_breaks(which: str, first: int, limit: int) -> int:
-    for name, apply in BREAKS.items():
-        if which not in name:
+    for number, (name, apply) in enumerate(BREAKS.items()):
+        if which in ("0", "1"):
+            if number % 2 != int(which):
+                continue
+        elif which not in name:
             continue
         undo = apply()
         steps, seed = 0, first

@@ -27,7 +27,7 @@ class Actors:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.timeline.random
-        self._pause = self._random.choice((0.005, 0.02, 0.1))  # seconds between arrivals
+        self._pause = self._random.choice((0.002, 0.01, 0.05))  # seconds between arrivals
         self._tagger = Tagger(world.installation.tag_key)
         self._calls: list[tuple[Process, SimTask[Any]]] = []
         self._cancelled: set[SimTask[Any]] = set()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.simulation import database
-from tfm_guard import confirmation, freshness, keys, local_cache, reader, shared_cache, verifier
-from tfm_guard.confirmation import Confirmation
+from tfm_guard import confirmation, link, shared_cache
+from tfm_guard.confirmation import Confirmation, Watch
 from tfm_guard.freshness import Freshness
+from tfm_guard.link import Link, Seals
 from tfm_guard.reader import KeyReader
 from tfm_guard.shared_cache import SharedCache
 from tfm_guard.verifier import Verifier
@@ -61,21 +62,45 @@ class Constant:
 # What is broken, in words, and how.
 BREAKS: dict[str, Callable[[], Undo]] = {
     # Reading the feed, and what may be believed while it is read.
-    "the lease never ends": Break(
-        Freshness, "poll", "started + self._lease", "started + 1e9"
+    "a read of the feed counts for ever": Break(
+        Freshness, "_renew", "until = self._feed + times.lease", "until = self._feed + 1e9"
     ),
-    "the lease begins when a poll ends": Break(
-        Freshness, "poll", "started + self._lease", "self._clock.monotonic() + self._lease"
+    "a read of the feed counts from its end": Break(
+        Freshness,
+        "_advance",
+        "self._feed = started",
+        "self._feed = self._clock.monotonic()",
     ),
-    "a process trusts memory as soon as it is registered": Break(
+    "a read of the feed counts however long it took": Break(
+        Freshness, "poll", "if self._clock.monotonic() - started > self._installation.lease:", "if False:"
+    ),
+    "a process trusts memory before it has read the feed": Break(
         Freshness,
         "_join",
-        "    state = await self._store.poll(self.worker_id, 0)",
-        "    self.fresh_until = started + self._lease\n"
-        "    state = await self._store.poll(self.worker_id, 0)",
+        "    state = await self._store.poll(",
+        "    self.fresh_until = started + self._installation.lease\n"
+        "    state = await self._store.poll(",
+    ),
+    "a process reads the feed before it is in the register": Break(
+        Freshness,
+        "_join",
+        "    await self._store.register_worker(worker_id, f\"{socket.gethostname()}:{os.getpid()}\")\n"
+        "    self._link_turn = self._turn + 1  # what was told before, was of the former place\n"
+        "    started = self._clock.monotonic()\n"
+        "    state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))\n",
+        "    self._link_turn = self._turn + 1\n"
+        "    started = self._clock.monotonic()\n"
+        "    state = FeedState(*await self._store.head())\n"
+        "    await self._store.register_worker(worker_id, '')\n",
     ),
     "a process that was struck off goes on": Break(
-        Freshness, "poll", "if state is None or changes is None:", "if state is None:\n        return\n    if changes is None:"
+        Freshness,
+        "poll",
+        "        if state is None or changes is None:\n",
+        "        if state is None:\n"
+        "            self._feed = started\n"
+        "            return self._renew()\n"
+        "        if changes is None:\n",
     ),
     "a gap in the feed is passed over": Break(
         Freshness, "_new_changes", "if len(changes) == state.head - self._seen:", "if True:"
@@ -83,10 +108,11 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "what was seen is recorded before it is applied": Break(
         Freshness,
         "poll",
-        "    changes = None if state is None",
-        "    if state is not None:\n"
-        "        await self._store.record_seen(self.worker_id, state.head)\n"
-        "    changes = None if state is None",
+        "        changes = None if state is None",
+        "        if state is not None:\n"
+        "            at_once = Place(state.head, self._link, self._next_turn())\n"
+        "            await self._store.record_place(self.worker_id, at_once)\n"
+        "        changes = None if state is None",
     ),
     "a process that joins does not learn earlier changes": Break(
         Freshness, "_join", "for change in recent:", "for change in []:"
@@ -95,7 +121,54 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         Freshness, "apply", "FLOOR_SECONDS", "FLOOR_SECONDS / 8"
     ),
     "an applied change raises no floor": Break(
-        Freshness, "apply", "max(change.version, self.floor(change.prefix))", "0"
+        Freshness, "apply", "= change.version, end", "= 0, end"
+    ),
+    "changes are numbered before they are committed": Break(
+        database.SimTransaction,
+        "__init__",
+        "self._number = 0",
+        "tables.sequence += 1\n    self._number = tables.sequence",
+    ),
+    "a late write to the register undoes a later one": Break(
+        database.SimDatabase, "record_place", "and row.turn < place.turn", ""
+    ),
+    # The link.
+    "an answer on the link counts from its arrival": Break(
+        Link, "_handle", "self._freshness.link_answered(asked)", "self._freshness.link_answered(self._clock.monotonic())"
+    ),
+    "an answer on the link counts for ever": Break(
+        Freshness, "_renew", "min(self._heard + times.lease, self._feed + times.unfed)", "self._heard + 1e9"
+    ),
+    "the link counts without the feed": Break(
+        Freshness, "_renew", "min(self._heard + times.lease, self._feed + times.unfed)", "self._heard + times.lease"
+    ),
+    "the link counts as soon as it is there": Break(
+        Freshness, "link_came", "self._link_counts = False", "self._link_counts = True"
+    ),
+    "the link counts although the register does not have it": Break(
+        Freshness, "_advance", "and state.turn >= self._link_turn", ""
+    ),
+    "the register's link is whatever server the URL led to": Break(
+        Link, "_name_of", 'f"{run_id}/{self._seals.id}"', '"redis"'
+    ),
+    "silence on the link is borne": Constant(link, "_SILENCE_SECONDS", lambda _: 1e9),
+    "a message is acknowledged before it is applied": Break(
+        Link, "_handle_message", "for change in message.changes:", "for change in []:"
+    ),
+    "messages need no seal": Break(
+        Seals, "open", "if not any(compare_digest(mac, _mac(key, channel, body)) for key in self._keys):", "if False:"
+    ),
+    "messages are sealed for any channel": Constant(
+        link, "_mac", lambda mac: lambda key, _channel, body: mac(key, "", body)
+    ),
+    "any acknowledgement counts": Break(
+        Link,
+        "_handle_acknowledgement",
+        "for collected in self._awaited.get(acknowledgement.change_id, ()):",
+        "for collected in [c for several in self._awaited.values() for c in several]:",
+    ),
+    "who was struck off is not told on the link": Break(
+        Link, "_handle_message", "if self._freshness.worker_id in message.struck_off:", "if False:"
     ),
     # Memory.
     "a change leaves memory as it is": Break(
@@ -151,8 +224,8 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "a row below the floor is believed": Break(
         KeyReader,
         "_fly",
-        "        raise Unavailable(",
-        "        pass\n    if row is None:\n        raise Unavailable(",
+        "    if row is None:\n        return None\n    if row.version < self._freshness.floor(prefix):",
+        "    if row is None:\n        return None\n    if False:",
     ),
     "the end of a key is left out": Break(
         KeyReader, "_remember", "if entry.expires_at is not None:", "if False:"
@@ -180,28 +253,35 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         shared_cache, "_FILL", lambda text: text.replace("if write then", "if true then")
     ),
     # Revoking.
-    "revoking waits for nobody": Break(
-        Confirmation, "wait", "if register and not behind:", "if True:"
-    ),
-    "revoking takes an unreadable register for an empty one": Break(
-        Confirmation, "wait", "if register and not behind:", "if not behind:"
-    ),
-    "revoking waits for less than a lease": Break(
-        Confirmation, "__init__", "_MARGIN * lease", "0.7 * lease"
-    ),
-    "revoking waits for exactly the lease": Break(
-        Confirmation, "__init__", "_MARGIN * lease", "lease"
-    ),
-    "a silent process is struck off without a mark": Break(
-        Confirmation, "wait", "self._strike_off(silent - marked, change.id, marked)", "self._strike_off(set(), change.id, silent)"
-    ),
     "a change made here is not applied here": Break(
         Confirmation, "wait", "self._freshness.apply(change)", "pass"
     ),
-    "changes are numbered before they are committed": Break(
-        database.SimTransaction,
-        "__init__",
-        "self._number = 0",
-        "tables.sequence += 1\n    self._number = tables.sequence",
+    "revoking waits for nobody": Break(
+        Watch, "look", "return max(ends, default=-math.inf)", "return -math.inf"
+    ),
+    "revoking takes an unreadable register for an empty one": Break(
+        Watch, "look", "return self.started + self._unfed_wait", "return -math.inf"
+    ),
+    "revoking takes no lease to be long enough": Break(
+        Watch, "__init__", "lease * (1 + _MARGIN)", "lease * 0.7"
+    ),
+    "revoking waits for exactly the lease": Constant(confirmation, "_MARGIN", lambda _: 0.0),
+    "revoking takes every link to have been told": Break(
+        Watch, "_end_of_trust", "unfed if told is None else", "self.started + self._wait if told is None else"
+    ),
+    "revoking waits from the commit, not from telling": Break(
+        Watch, "_end_of_trust", "told + self._wait", "self.started + self._wait"
+    ),
+    "revoking believes a register that was read too early": Break(
+        Confirmation, "_watch", "if end <= asked:", "if end <= self._clock.monotonic():"
+    ),
+    "a silent process is removed without a mark": Break(
+        Confirmation,
+        "_strike_off",
+        "watch.silent.keys() - marked, watch.change_id, marked=marked",
+        "[], watch.change_id, marked=watch.silent.keys()",
+    ),
+    "a marked process is not told that it is struck off": Break(
+        Watch, "_end_of_trust", "worker if member.seen == MARKED else None", "None"
     ),
 }

@@ -14,7 +14,7 @@ from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
-from tfm_guard.store import MARKED, Account, FeedState, Installation, PrefixTaken
+from tfm_guard.store import MARKED, Account, FeedState, Installation, Member, Place, PrefixTaken
 from tfm_guard.store.database import READ_SECONDS, WRITE_SECONDS
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class WorkerRow:
 
     name: str
     seen: int = 0
+    link: str | None = None
+    turn: int = 0
 
 
 @dataclass
@@ -209,24 +211,26 @@ class SimDatabase:
     def unregister(self, worker_id: UUID) -> None:
         self.tables.workers.pop(worker_id, None)
 
-    def poll(self, worker_id: UUID, seen: int) -> FeedState | None:
-        if self.dialect == "postgresql" and seen > self.tables.head:
+    def poll(self, worker_id: UUID, place: Place) -> FeedState | None:
+        if self.dialect == "postgresql" and place.seen > self.tables.head:
             return None
-        if worker_id not in self.tables.workers or self.tables.workers[worker_id].seen < 0:
+        row = self.tables.workers.get(worker_id)
+        if row is None or row.seen < 0:
             return None
         if self.dialect == "postgresql":
-            self.record_seen(worker_id, seen)
-        return FeedState(self.tables.head, self.now)
+            self.record_place(worker_id, place)
+        return FeedState(self.tables.head, self.now, row.turn)
 
-    def record_seen(self, worker_id: UUID, seen: int) -> None:
+    def record_place(self, worker_id: UUID, place: Place) -> None:
         row = self.tables.workers.get(worker_id)
-        if row is not None and row.seen >= 0:
-            row.seen = seen
+        if row is not None and row.seen >= 0 and row.turn < place.turn:
+            row.seen, row.link, row.turn = place
             for listener in self.on_recorded:
-                listener(worker_id, seen)
+                listener(worker_id, place.seen)
 
-    def read_register(self) -> dict[UUID, int]:
-        return {worker_id: row.seen for worker_id, row in self.tables.workers.items()}
+    def read_register(self) -> dict[UUID, Member]:
+        rows = self.tables.workers.items()
+        return {worker_id: Member(row.seen, row.link) for worker_id, row in rows}
 
     def strike_off(self, silent: list[UUID], seen: int, marked: list[UUID]) -> None:
         workers = self.tables.workers
@@ -303,13 +307,18 @@ class SimStore:
     async def unregister_worker(self, worker_id: UUID) -> None:
         await self._write(lambda: self._database.unregister(worker_id))
 
-    async def poll(self, worker_id: UUID, seen: int) -> FeedState | None:
-        return await self._read(lambda: self._database.poll(worker_id, seen))
+    async def poll(self, worker_id: UUID, place: Place) -> FeedState | None:
+        return await self._read(lambda: self._database.poll(worker_id, place))
 
-    async def record_seen(self, worker_id: UUID, seen: int) -> None:
-        await self._write(lambda: self._database.record_seen(worker_id, seen))
+    async def record_place(self, worker_id: UUID, place: Place) -> None:
+        await self._write(lambda: self._database.record_place(worker_id, place))
 
-    async def read_register(self) -> dict[UUID, int]:
+    async def head(self) -> FeedState:
+        """Do what the real store does not: read the feed for who is not in the register."""
+        tables = self._database.tables
+        return await self._read(lambda: FeedState(tables.head, self._database.now, 0))
+
+    async def read_register(self) -> dict[UUID, Member]:
         return await self._read(self._database.read_register)
 
     async def strike_off(

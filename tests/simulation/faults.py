@@ -93,7 +93,7 @@ def stop_database(world: "World") -> End:
 def stop_redis(world: "World") -> End:
     """Redis is killed; it comes back empty, or with what it had saved."""
     server = world.deployment.primary
-    server.up = False
+    server.stop()
 
     def come_back() -> None:
         values = world.timeline.random.choice([{}, *world.deployment.snapshots])
@@ -164,6 +164,81 @@ def vandalize(world: "World") -> End:
     return _nothing
 
 
+def split(world: "World") -> End:
+    """One process and Redis are cut off from the others and the database."""
+    lonely = world.timeline.random.choice(world.processes)
+    server = world.deployment.primary.name
+    others = {(process.name, server) for process in world.processes if process is not lonely}
+    pairs = {*others, (lonely.name, "database")}
+    how = world.timeline.random.choice((world.network.silent, world.network.refused))
+    how |= pairs
+    return lambda: how.difference_update(pairs)
+
+
+def isolate_primary(world: "World") -> End:
+    """A replica takes over; one process stays with the old primary, cut off from all else."""
+    deployment, network = world.deployment, world.network
+    lonely = world.timeline.random.choice(world.processes)
+    old = deployment.primary
+    fail_over(world)
+    old.role = "master"
+    deployment.stuck[lonely.name] = old
+    silent = {(process.name, old.name) for process in world.processes if process is not lonely}
+    if world.timeline.random.random() < 0.7:
+        silent.add((lonely.name, "database"))
+    network.silent |= silent
+    for connection in list(old.connections):
+        if connection.process is not lonely and world.timeline.random.random() < 0.8:
+            connection.reset()
+
+    def join_again() -> None:
+        network.silent.difference_update(silent)
+        deployment.stuck.pop(lonely.name, None)
+        old.role = "slave" if deployment.primary is not old else "master"
+        for connection in list(old.connections):
+            connection.reset()
+
+    return join_again
+
+
+def kill_subscribers(world: "World") -> End:
+    """Redis drops the connections of a process, or of all."""
+    victims = _victims(world)
+    for connection in list(world.deployment.primary.connections):
+        if connection.process in victims:
+            connection.reset()
+    return _nothing
+
+
+def leave_half_open(world: "World") -> End:
+    """The connections of a process, or of all, go on to exist and pass nothing."""
+    victims = _victims(world)
+    for connection in world.deployment.primary.connections:
+        if connection.process in victims:
+            connection.die()
+    return _nothing
+
+
+def forge(world: "World") -> End:
+    """Somebody publishes garbage, and what was published before, there or elsewhere."""
+    random = world.timeline.random
+    going_on = [True]
+
+    def publish() -> None:
+        server = world.deployment.primary
+        if server.up and server.published:
+            channel, _ = random.choice(server.published)
+            _, payload = random.choice(server.published)
+            position = random.randrange(len(payload) + 1)
+            broken = payload[:position] + random.randbytes(1) + payload[position + 1 :]
+            server.publish(channel, random.choice([payload, payload, broken, payload[:position]]))
+        if going_on:
+            world.timeline.after(random.uniform(0.0, 0.1), publish)
+
+    publish()
+    return going_on.clear
+
+
 def fail_over(world: "World") -> End:
     """A replica that lags behind takes over; the old primary becomes its replica."""
     deployment = world.deployment
@@ -198,4 +273,10 @@ FAULTS: tuple[Fault, ...] = (
     replay,
     vandalize,
     fail_over,
+    split,
+    isolate_primary,
+    kill_subscribers,
+    leave_half_open,
+    forge,
+    answer_with_old_rows,
 )

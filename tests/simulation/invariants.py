@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # By how much of a second the clock of a process may be wrong about a second.
 _DRIFT = 0.011
-_IDLE_TASKS = 4
+_IDLE_TASKS = 6  # polling, the link's three, and two of what may be going on right now
 _WATCHED = 8  # how many of the keys last revoked are looked for in every memory after every step
 
 
@@ -66,7 +66,9 @@ class Oracle:
         self._world = world
         self._recorded: dict[UUID, int] = {}
         self._genuine: set[tuple[str, bytes]] = set()
-        self._stale_after = world.installation.lease * (1 + _DRIFT) + 1e-6
+        times = world.installation
+        longest = times.unfed if world.with_redis else times.lease
+        self._stale_after = longest * (1 + _DRIFT) + 1e-6
         world.database.on_commit.append(self._committed)
         world.database.on_recorded.append(self._check_applied)
         for server in world.deployment.servers:
@@ -153,13 +155,16 @@ class Oracle:
             row = tables.workers.get(process.freshness.worker_id)
             if row is None or row.seen != tables.head:
                 self._world.fail(19, f"{process} is at {row} of {tables.head}")
+            if self._world.with_redis and not process.freshness._link_counts:  # noqa: SLF001
+                self._world.fail(19, f"{process} has no link that counts")
 
     def check_idle(self) -> None:
         """Check that nobody waits for anything while nothing is asked."""
         for process in self._world.processes:
             reader: Any = process.parts.verifier._reader  # noqa: SLF001
             waiting = len(reader._flights) + len(reader._rows._waiting)  # noqa: SLF001
-            tasks = process.loop.live_tasks()
+            coroutines: list[Any] = [task.get_coro() for task in process.loop.live_tasks()]
+            tasks = sorted(coroutine.__qualname__ for coroutine in coroutines)
             if waiting or len(tasks) > _IDLE_TASKS:
                 self._world.fail(16, f"{process} is idle, and {waiting} wait: {tasks}")
 

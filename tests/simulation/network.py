@@ -63,12 +63,13 @@ class Network:
 
     def is_lost(self, process: str, server: str) -> bool:
         """Tell whether a message that arrives now between these two does so."""
-        pair = process, server
-        return (
-            pair in self.silent
-            or pair in self.refused
-            or (pair in self.losing and self._random.random() < 0.3)
-        )
+        if (process, server) in self.losing and self._random.random() < 0.3:
+            return True
+        return self.is_cut(process, server)
+
+    def is_cut(self, process: str, server: str) -> bool:
+        """Tell whether nothing passes between these two."""
+        return (process, server) in self.silent or (process, server) in self.refused
 
     def _arrive(
         self,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tests.simulation.database import SimStore
 from tests.simulation.loop import SimLoop, SimTask
-from tests.simulation.redis_servers import SimRedis
+from tests.simulation.redis_servers import SimRedisAccess
 from tests.simulation.timeline import SimClock
 from tfm_guard import Guard
 from tfm_guard.freshness import Freshness
+from tfm_guard.redis_access import RedisAccess
 from tfm_guard.store import Store
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ class SimGuard(Guard):
 
     def _new_store(self) -> Store:
         return cast("Store", SimStore(self._process, self._world.database, self._world.network))
+
+    def _new_redis(self) -> RedisAccess | None:
+        world = self._world
+        if not world.with_redis:
+            return None
+        access = SimRedisAccess(self._process, world.deployment, world.network, world.timeline)
+        return cast("RedisAccess", access)
 
 
 class Process:
@@ -76,10 +84,6 @@ class Process:
     def spawn(self, work: Coroutine[Any, Any, T]) -> "SimTask[T]":
         """Have *work* done by a task in this process."""
         return cast("SimTask[T]", self.loop.create_task(work))
-
-    def redis_client(self) -> SimRedis:
-        """Return a client for this life's guard."""
-        return SimRedis(self, self._world.deployment, self._world.network)
 
     async def _open(self) -> None:
         # A server whose start-up fails is opened by its first request.

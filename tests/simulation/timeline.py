@@ -1,6 +1,7 @@
 """Virtual time, and all that is to happen in it, in one order."""
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 from collections.abc import Callable
@@ -82,8 +83,12 @@ class SimClock:
     def monotonic(self) -> float:
         return _BOOTED + self._timeline.now * self._rate
 
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    async def sleep(self, seconds: float, *, unless: asyncio.Event | None = None) -> None:
+        if unless is None:
+            await asyncio.sleep(seconds)
+        else:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(unless.wait(), seconds)
 
     def time_of(self, monotonic: float) -> float:
         """Return the time at which this clock shows *monotonic*."""

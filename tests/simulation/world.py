@@ -18,7 +18,7 @@ from tests.simulation.network import Network
 from tests.simulation.process import Process, SimThreads
 from tests.simulation.redis_servers import Deployment
 from tests.simulation.timeline import Timeline
-from tfm_guard import freshness, hashing, reader, shared_cache
+from tfm_guard import freshness, hashing, link, reader, shared_cache
 from tfm_guard.settings import Settings
 from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
@@ -44,6 +44,7 @@ class World:
         self.random = self.timeline.random
         self.settings = _settings(self.random)
         self.installation = _installation(self.random)
+        self.with_redis = self.random.random() < 0.75
         self.network = Network(self.timeline)
         self.deployment = Deployment(self.timeline)
         dialect = self.random.choice(("sqlite", "postgresql"))
@@ -127,6 +128,7 @@ class World:
         for end in self._ends:
             end()
         self.network.heal()
+        self.deployment.stuck.clear()
         self._eager = 1.0
         for process in self.processes:
             process.paused = False
@@ -201,8 +203,8 @@ class World:
         with contextlib.ExitStack() as stack:
             for target, name, value in (
                 (hashing, "ThreadPoolExecutor", functools.partial(SimThreads, world=self)),
-                (shared_cache, "_client", lambda _url: self.current_process().redis_client()),
                 (shared_cache, "random", self.random),
+                (link, "random", self.random),
                 (shared_cache, "MAX_AGE_SECONDS", self.max_age),
                 (reader, "MAX_AGE_SECONDS", self.max_age),
                 (freshness, "FLOOR_SECONDS", 2 * self.max_age),
@@ -241,7 +243,6 @@ def _settings(random: Random) -> Settings:
     return Settings.load(
         {},
         database_url="sqlite:///simulated",
-        redis_url=random.choice((None, "redis://simulated", "redis://simulated")),
         plans={"free": 4},
         local_cache_size=random.choice((2, 100)),
         **CHEAP_HASHING,
@@ -255,5 +256,7 @@ def _installation(random: Random) -> Installation:
         root_secret=random.randbytes(32),
         tag_key=random.randbytes(32),
         lease=lease,
+        unfed=lease * random.choice((2, 4)),
         poll_interval=lease / 4,
+        linked_poll_interval=lease / 2,
     )
