@@ -11,7 +11,7 @@ from tests.simulation.breaks import BREAKS
 from tests.simulation.invariants import Violation
 from tests.simulation.world import World
 
-WORLD_STEPS = 2000
+WORLD_STEPS = 4000
 
 
 def explore(seed: int, *, verbose: bool = False) -> World:

@@ -27,7 +27,7 @@ class Actors:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.timeline.random
-        self._pause = self._random.choice((0.002, 0.01, 0.05))  # seconds between arrivals
+        self._pause = self._random.choice((0.02, 0.1, 0.3))  # seconds between arrivals
         self._tagger = Tagger(world.installation.tag_key)
         self._calls: list[tuple[Process, SimTask[Any]]] = []
         self._cancelled: set[SimTask[Any]] = set()
@@ -79,6 +79,8 @@ class Actors:
         return self._random.choice(running) if running else None
 
     def _some_key(self) -> KeyFacts | None:
+        if self._random.random() < 0.8 and (good := self._world.oracle.good_keys()):
+            return self._random.choice(good[-_HOT:])
         keys = list(self._world.oracle.keys.values())
         return self._random.choice(keys[-_HOT:]) if keys else None
 

@@ -24,7 +24,7 @@ from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
 
 _QUIET_SECONDS = 5.0
-_RECOVERING = 0.3  # how many worlds are healed at their end
+_RECOVERING = 0.2  # how many worlds are healed at their end
 _REMEMBERED = 60  # events that are shown of a world that went wrong
 
 
@@ -56,7 +56,7 @@ class World:
         self._eager = self.random.choice((0.5, 0.9, 1.0))  # how surely work comes before time
         self._ends: list[Callable[[], None]] = []
         self._faults = [fault for fault in faults.FAULTS if self.random.random() < 0.25]
-        self._fault_pause = self.random.choice((0.3, 1.0, 3.0))  # seconds between two
+        self._fault_pause = self.random.choice((0.2, 0.5, 1.5))  # seconds between two
         self.timeline.after(self.random.uniform(0.5, 2.0), self._go_wrong)
         self.timeline.after(0.5, self._save_redis)
 
@@ -173,7 +173,7 @@ class World:
             self.note("world", f"{fault.__name__} ends")
 
         self._ends.append(heal)
-        seconds = self.random.choice((0.1, 1.0, 3.0)) * self.installation.lease
+        seconds = self.random.choice((0.3, 1.0, 3.0)) * self.installation.lease
         self.timeline.after(seconds * self.random.random(), self._heal, heal)
         self.timeline.after(seconds * self.random.random(), self.actors.revoke)
         self.timeline.after(self.random.expovariate(1 / self._fault_pause), self._go_wrong)
@@ -250,13 +250,13 @@ def _settings(random: Random) -> Settings:
 
 
 def _installation(random: Random) -> Installation:
-    lease = random.choice((0.5, 1.0, 2.0))
+    lease = random.choice((1.0, 2.0))
     return Installation(
         id="simulated",
         root_secret=random.randbytes(32),
         tag_key=random.randbytes(32),
         lease=lease,
         unfed=lease * random.choice((2, 4)),
-        poll_interval=lease / 4,
+        poll_interval=lease / 3,
         linked_poll_interval=lease / 2,
     )
