@@ -27,7 +27,7 @@ class Actors:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.timeline.random
-        self._pause = self._random.choice((0.02, 0.1, 0.3))  # seconds between arrivals
+        self._pause = self._random.choice((0.05, 0.1, 0.3))  # seconds between arrivals
         self._tagger = Tagger(world.installation.tag_key)
         self._calls: list[tuple[Process, SimTask[Any]]] = []
         self._cancelled: set[SimTask[Any]] = set()
@@ -36,10 +36,10 @@ class Actors:
         self._stopped = False
         self._deeds: list[Callable[[], None]] = [
             *[self._verify_one] * 12,
-            *[self._verify_many] * 3,
+            self._verify_many,
             self._verify_wrong,
             *[self._create] * 3,
-            *[self.revoke] * 2,
+            self.revoke,
             self._revoke_again,
             self._cancel,
             self._list,
@@ -113,7 +113,10 @@ class Actors:
 
     def revoke(self) -> None:
         """Have some process revoke a key."""
-        process, facts = self._some_process(), self._some_key()
+        if self._verifying_only:
+            return
+        process = self._some_process()
+        facts = self._world.oracle.some_remembered_key() or self._some_key()
         if process is not None and facts is not None:
             self._call(process, self._end(process, facts))
 
@@ -139,7 +142,7 @@ class Actors:
         for change in changes:
             facts = self._world.oracle.keys.get(change.prefix)
             if facts is not None and change.kind == "revoked":
-                for _ in range(3):
+                for _ in range(2):
                     seconds = self._random.choice((0.0, 0.01, 0.3, 2.0)) * self._random.random()
                     self._world.timeline.after(seconds, self._verify_everywhere, facts)
 

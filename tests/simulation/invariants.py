@@ -168,6 +168,16 @@ class Oracle:
             if waiting or len(tasks) > _IDLE_TASKS:
                 self._world.fail(16, f"{process} is idle, and {waiting} wait: {tasks}")
 
+    def some_remembered_key(self) -> KeyFacts | None:
+        """Return a good key that some process remembers."""
+        memories = [
+            process.parts.verifier._local.entries  # noqa: SLF001
+            for process in self._world.processes
+            if process.running and process.parts is not None
+        ]
+        found = [f for f in self.good_keys() if any(f.name in memory for memory in memories)]
+        return self._world.random.choice(found) if found else None
+
     def good_keys(self) -> list[KeyFacts]:
         """Return the keys that are good, and for some time to come."""
         later = self._world.timeline.now + 5.0

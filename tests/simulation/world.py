@@ -6,7 +6,7 @@ import functools
 import struct
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -23,6 +23,7 @@ from tfm_guard.settings import Settings
 from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
 
+_MAX_AGE = 8.0  # seconds that an entry counts: not ten minutes, so that some grow old
 _QUIET_SECONDS = 5.0
 _RECOVERING = 0.2  # how many worlds are healed at their end
 _REMEMBERED = 60  # events that are shown of a world that went wrong
@@ -31,12 +32,14 @@ _REMEMBERED = 60  # events that are shown of a world that went wrong
 class World:
     """Everything there is, made from one *seed*. Raises `Violation` where an invariant fails."""
 
-    def __init__(self, seed: int, *, verbose: bool = False) -> None:
+    def __init__(
+        self, seed: int, *, focus: Sequence[faults.Fault] = (), verbose: bool = False
+    ) -> None:
         self.seed = seed
         self.steps = 0
         self.digest = 0
         self.counts: Counter[str] = Counter()
-        self.max_age = 8.0
+        self.max_age = _MAX_AGE
         self.violation: Violation | None = None
         self.trace: deque[str] = deque(maxlen=_REMEMBERED)
         self._verbose = verbose
@@ -55,8 +58,8 @@ class World:
         self.actors = Actors(self)
         self._eager = self.random.choice((0.5, 0.9, 1.0))  # how surely work comes before time
         self._ends: list[Callable[[], None]] = []
-        self._faults = [fault for fault in faults.FAULTS if self.random.random() < 0.25]
-        self._fault_pause = self.random.choice((0.2, 0.5, 1.5))  # seconds between two
+        chosen = [fault for fault in faults.FAULTS if self.random.random() < 0.2]
+        self._faults = list(focus) or chosen
         self.timeline.after(self.random.uniform(0.5, 2.0), self._go_wrong)
         self.timeline.after(0.5, self._save_redis)
 
@@ -160,6 +163,17 @@ class World:
             raise self.violation
 
     def _go_wrong(self) -> None:
+        """Have some faults happen at about the same time, and keys revoked meanwhile."""
+        lease = self.installation.lease
+        for _ in range(self.random.choice((1, 1, 2, 3))):
+            self.timeline.after(self.random.random() ** 2 * lease, self._begin_fault)
+        for _ in range(self.random.choice((1, 2))):
+            seconds = self.random.choice((0.05, 0.5, 3.0)) * self.random.random() * lease
+            self.timeline.after(seconds, self.actors.revoke)
+        pause = self.random.choice((1.0, 2.0, 4.0))
+        self.timeline.after(self.random.uniform(0.5, 1.5) * pause * lease, self._go_wrong)
+
+    def _begin_fault(self) -> None:
         if not self._faults:
             return
         fault = self.random.choice(self._faults)
@@ -173,10 +187,8 @@ class World:
             self.note("world", f"{fault.__name__} ends")
 
         self._ends.append(heal)
-        seconds = self.random.choice((0.3, 1.0, 3.0)) * self.installation.lease
-        self.timeline.after(seconds * self.random.random(), self._heal, heal)
-        self.timeline.after(seconds * self.random.random(), self.actors.revoke)
-        self.timeline.after(self.random.expovariate(1 / self._fault_pause), self._go_wrong)
+        leases = self.random.choice((0.1, 1.0, 3.0, 6.0)) * self.random.uniform(0.5, 1.0)
+        self.timeline.after(leases * self.installation.lease, self._heal, heal)
 
     def _heal(self, end: Callable[[], None]) -> None:
         if end in self._ends:
