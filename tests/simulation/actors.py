@@ -45,6 +45,7 @@ class Actors:
             self._list,
         ]
         world.database.on_commit.append(self._try_what_changed)
+        world.database.on_registered.append(self._revoke_just_then)
         world.timeline.after(0.0, self._arrive)
 
     def calm_down(self) -> None:
@@ -146,6 +147,11 @@ class Actors:
                     seconds = self._random.choice((0.0, 0.01, 0.3, 2.0)) * self._random.random()
                     self._world.timeline.after(seconds, self._verify_everywhere, facts)
 
+    def _revoke_just_then(self) -> None:
+        """Now and then, have a key revoked at about the time at which a process joins."""
+        if self._random.random() < 0.5:
+            self._world.timeline.after(self._random.uniform(0.0, 0.2), self.revoke)
+
     def _verify_everywhere(self, facts: KeyFacts) -> None:
         for process in self._world.processes:
             if process.running:
@@ -162,11 +168,19 @@ class Actors:
     async def _ask(self, process: "Process", facts: KeyFacts) -> bool:
         world = self._world
         began, at = world.steps, world.timeline.now
+        hits = process.guard.counters.negative_hits
         try:
             key = await process.guard.verify(facts.token)
         except InvalidToken as error:
             world.count("refused")
-            world.oracle.refused(process, facts, error.reason, began, at)
+            world.oracle.refused(
+                process,
+                facts,
+                error.reason,
+                began=began,
+                at=at,
+                from_memory=process.guard.counters.negative_hits > hits,
+            )
         except Unavailable:
             world.count("unavailable")
         except BaseException as error:  # noqa: BLE001  # it is judged there
@@ -208,7 +222,10 @@ class Actors:
         else:
             self._world.count("created")
             token = created.token.encode()
-            self._world.oracle.created(token, created.key, asked_before=token in self._early)
+            facts = self._world.oracle.created(
+                token, created.key, asked_before=token in self._early
+            )
+            self._verify_everywhere(facts)
 
     async def _end(self, process: "Process", facts: KeyFacts) -> None:
         try:

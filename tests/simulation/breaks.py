@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.simulation import database
+from tests.simulation import database, faults
+from tests.simulation.faults import Fault
 from tfm_guard import confirmation, link, shared_cache
 from tfm_guard.confirmation import Confirmation, Watch
 from tfm_guard.freshness import Freshness
@@ -59,8 +60,23 @@ class Constant:
         return lambda: setattr(self.owner, self.name, former)
 
 
+@dataclass(frozen=True)
+class Rule:
+    """A rule, as the *change* that breaks it, and the faults that show what it is for."""
+
+    apply: Callable[[], Undo]
+    focus: tuple[Fault, ...] = ()
+    steps: int = 100_000  # within which its absence is noticed
+
+
+_LONELY = (faults.split, faults.cut_from_both, faults.cut_from_database)
+_LINKS = (*_LONELY, faults.isolate_primary, faults.kill_subscribers, faults.leave_half_open)
+_FORGERS = (faults.forge, faults.cut_from_database)
+_WRITERS = (faults.replay, faults.vandalize, faults.restore_redis, faults.fail_over)
+_STOPS = (faults.pause, faults.crash, faults.restart, faults.cut_from_database)
+
 # What is broken, in words, and how.
-BREAKS: dict[str, Callable[[], Undo]] = {
+_CHANGES: dict[str, Callable[[], Undo]] = {
     # Reading the feed, and what may be believed while it is read.
     "a read of the feed counts for ever": Break(
         Freshness, "_renew", "until = self._feed + times.lease", "until = self._feed + 1e9"
@@ -285,3 +301,37 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         Watch, "_end_of_trust", "worker if member.seen == MARKED else None", "None"
     ),
 }
+
+_FOCUS: dict[str, tuple[Fault, ...]] = {
+    "a read of the feed counts from its end": _STOPS,
+    "a read of the feed counts however long it took": _STOPS,
+    "a process trusts memory before it has read the feed": _STOPS,
+    "a process reads the feed before it is in the register": _STOPS,
+    "a late write to the register undoes a later one": _LINKS,
+    "an answer on the link counts from its arrival": _LINKS,
+    "an answer on the link counts for ever": _LONELY,
+    "the link counts without the feed": _LONELY,
+    "the link counts as soon as it is there": _LINKS,
+    "the link counts although the register does not have it": _LINKS,
+    "the register's link is whatever server the URL led to": (faults.isolate_primary,),
+    "silence on the link is borne": (faults.leave_half_open,),
+    "messages need no seal": _FORGERS,
+    "messages are sealed for any channel": _FORGERS,
+    "any acknowledgement counts": _FORGERS,
+    "who was struck off is not told on the link": _LONELY,
+    "a read that was sent is joined without a lease": _STOPS,
+    "memory is filled without a lease": _STOPS,
+    "an entry from Redis counts at any age": _WRITERS,
+    "seals are not checked": _WRITERS,
+    "seals do not hold the name": _WRITERS,
+    "a fill overwrites whatever is there": _WRITERS,
+    "revoking takes an unreadable register for an empty one": (faults.stop_database, *_LONELY),
+    "revoking takes no lease to be long enough": _STOPS,
+    "revoking waits for exactly the lease": _STOPS,
+    "revoking takes every link to have been told": _LONELY,
+    "revoking waits from the commit, not from telling": _LINKS,
+    "revoking believes a register that was read too early": _LINKS,
+    "a silent process is removed without a mark": _STOPS,
+    "a marked process is not told that it is struck off": _LONELY,
+}
+BREAKS = {name: Rule(change, _FOCUS.get(name, ())) for name, change in _CHANGES.items()}

@@ -65,6 +65,8 @@ class Tables:
     head: int = 0
     sequence: int = 0  # numbers given out by a break, before the commit
     audit: list[tuple[str, UUID]] = field(default_factory=list)
+    # Whether a key that is inserted comes without a digest, as those from elsewhere do.
+    imports: Callable[[], bool] = lambda: False
 
     def key(self, key_id: UUID) -> KeyRow | None:
         """Return the key with that id."""
@@ -120,6 +122,8 @@ class SimTransaction:
             expires_at=key.expires_at,
             **columns,
         )
+        if self._tables.imports():
+            row.digest = row.digest_key_id = None
         self._effects.append(lambda: self._tables.keys.update({row.prefix: row}))
         self._pending.append(("created", key.key_prefix, 1))
 
@@ -160,6 +164,7 @@ class SimDatabase:
 
     def __init__(self, timeline: Timeline, installation: Installation, *, dialect: str) -> None:
         self.tables = Tables()
+        self.on_registered: list[Callable[[], None]] = []
         self.up = True
         self.installation = installation
         self.on_commit: list[Callable[[list[Change]], None]] = []
@@ -181,7 +186,7 @@ class SimDatabase:
 
     def time_of_commit(self) -> float:
         """Return when a transaction that begins now comes to its COMMIT."""
-        lag = self._timeline.random.choice((0.001, 0.001, 0.5))
+        lag = self._timeline.random.choice((0.001, 0.001, 0.1, 1.0))
         return self._timeline.now + self._timeline.random.uniform(0, lag)
 
     def commit(self, transaction: SimTransaction) -> None:
@@ -207,6 +212,8 @@ class SimDatabase:
 
     def register(self, worker_id: UUID, name: str) -> None:
         self.tables.workers[worker_id] = WorkerRow(name)
+        for listener in self.on_registered:
+            listener()
 
     def unregister(self, worker_id: UUID) -> None:
         self.tables.workers.pop(worker_id, None)

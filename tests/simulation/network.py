@@ -26,7 +26,8 @@ class Network:
         self._timeline = timeline
         self._random = timeline.random
         self.seconds = self._random.choice((0.0005, 0.002, 0.02))  # what a message takes, typically
-        self.slow = self._random.choice((0.0, 0.02, 0.1))  # how many take far longer
+        self.slow = self._random.choice((0.0, 0.05, 0.3))  # how many take far longer,
+        self.longest = self._random.choice((0.2, 0.8, 2.0))  # up to so many seconds
         self.silent: set[tuple[str, str]] = set()  # process and server: messages vanish
         self.refused: set[tuple[str, str]] = set()  # process and server: connections fail at once
         self.losing: set[tuple[str, str]] = set()  # process and server: some messages vanish
@@ -58,7 +59,7 @@ class Network:
     def delay(self) -> float:
         """Return how long one message takes."""
         if self._random.random() < self.slow:
-            return self._random.uniform(0.0, 2.0)
+            return self._random.uniform(0.0, self.longest)
         return self.seconds * self._random.uniform(0.2, 3.0)
 
     def is_lost(self, process: str, server: str) -> bool:

@@ -143,7 +143,8 @@ class SimThreads:
             future, job = self._waiting.popleft()
             if future.set_running_or_notify_cancel():
                 self.busy += 1
-                seconds = self._world.timeline.random.uniform(0.001, 0.05)
+                seconds = self._world.timeline.random.choice((0.01, 0.01, 0.8))
+                seconds *= self._world.timeline.random.random()
                 self._world.timeline.after(seconds, self._end, future, job)
 
     def _end(self, future: "Future[Any]", job: Callable[[], Any]) -> None:

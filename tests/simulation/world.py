@@ -22,6 +22,7 @@ from tfm_guard import freshness, hashing, link, reader, shared_cache
 from tfm_guard.settings import Settings
 from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
+from tfm_guard.token import DigestKeys
 
 _MAX_AGE = 8.0  # seconds that an entry counts: not ten minutes, so that some grow old
 _QUIET_SECONDS = 5.0
@@ -47,11 +48,14 @@ class World:
         self.random = self.timeline.random
         self.settings = _settings(self.random)
         self.installation = _installation(self.random)
+        self.digest_keys = DigestKeys.from_secrets([self.installation.root_secret])
         self.with_redis = self.random.random() < 0.75
         self.network = Network(self.timeline)
         self.deployment = Deployment(self.timeline)
         dialect = self.random.choice(("sqlite", "postgresql"))
         self.database = SimDatabase(self.timeline, self.installation, dialect=dialect)
+        imported = self.random.choice((0.0, 0.0, 0.5))  # how many keys come from elsewhere
+        self.database.tables.imports = lambda: self.random.random() < imported
         count = self.random.choice((2, 2, 3))
         self.processes = [Process(f"p{number}", self) for number in range(count)]
         self.oracle = Oracle(self)
