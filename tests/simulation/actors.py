@@ -27,7 +27,7 @@ class Actors:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.timeline.random
-        self._pause = self._random.choice((0.05, 0.1, 0.3))  # seconds between arrivals
+        self._pause = self._random.choice((0.03, 0.1, 0.2))  # seconds between arrivals
         self._tagger = Tagger(world.installation.tag_key)
         self._calls: list[tuple[Process, SimTask[Any]]] = []
         self._cancelled: set[SimTask[Any]] = set()
@@ -112,11 +112,18 @@ class Actors:
         if (process := self._some_process()) is not None:
             self._call(process, self._make(process, self._random.choice(ACCOUNTS)))
 
-    def revoke(self) -> None:
-        """Have some process revoke a key."""
+    def revoke_some(self) -> None:
+        """Have some process revoke a key, or two at about the same time."""
+        process = self._some_process()
+        for _ in range(self._random.choice((1, 1, 2))):
+            self.revoke(process)
+
+    def revoke(self, process: "Process | None" = None) -> None:
+        """Have *process*, or some other, revoke a key."""
         if self._verifying_only:
             return
-        process = self._some_process()
+        if process is None or not process.running:
+            process = self._some_process()
         facts = self._world.oracle.some_remembered_key() or self._some_key()
         if process is not None and facts is not None:
             self._call(process, self._end(process, facts))

@@ -1,10 +1,14 @@
 """What goes wrong: each fault is begun, and returns how it ends."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tests.simulation.redis_servers import Value
+import msgspec
+
+from tests.simulation.redis_servers import RedisServer, Value
+from tfm_guard.link import Acknowledgement, Message
 
 if TYPE_CHECKING:
     from tests.simulation.process import Process
@@ -171,8 +175,21 @@ def split(world: "World") -> End:
     others = {(process.name, server) for process in world.processes if process is not lonely}
     pairs = {*others, (lonely.name, "database")}
     how = world.timeline.random.choice((world.network.silent, world.network.refused))
-    how |= pairs
-    return lambda: how.difference_update(pairs)
+    seconds = 0.0
+    if world.timeline.random.random() < 0.5:
+        # Just when its link has been lost, and is perhaps there again.
+        for connection in list(world.deployment.primary.connections):
+            if connection.process is lonely:
+                connection.reset()
+        seconds = world.timeline.random.uniform(0.0, 0.4)
+    over: list[bool] = []
+    world.timeline.after(seconds, lambda: over or how.update(pairs))
+
+    def join_again() -> None:
+        over.append(True)
+        how.difference_update(pairs)
+
+    return join_again
 
 
 def isolate_primary(world: "World") -> End:
@@ -219,6 +236,17 @@ def leave_half_open(world: "World") -> End:
     return _nothing
 
 
+def _pretend(world: "World", server: RedisServer) -> None:
+    """Acknowledge, for everybody, what was published last; the seal is all that is not right."""
+    _, payload = server.published[-1]
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        message = msgspec.msgpack.decode(payload[:-16], type=Message)
+        for worker_id in world.database.tables.workers:
+            said = Acknowledgement(worker_id, message.changes[-1].id)
+            body = msgspec.msgpack.encode(said)
+            server.publish(message.reply_to.encode(), body + payload[-16:])
+
+
 def forge(world: "World") -> End:
     """Somebody publishes garbage, and what was published before, there or elsewhere."""
     random = world.timeline.random
@@ -229,6 +257,8 @@ def forge(world: "World") -> End:
         if server.up and server.published:
             channel, _ = random.choice(server.published)
             _, payload = random.choice(server.published)
+            if random.random() < 0.5:
+                _pretend(world, server)
             position = random.randrange(len(payload) + 1)
             broken = payload[:position] + random.randbytes(1) + payload[position + 1 :]
             server.publish(channel, random.choice([payload, payload, broken, payload[:position]]))

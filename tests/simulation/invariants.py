@@ -164,7 +164,10 @@ class Oracle:
             row = tables.workers.get(process.freshness.worker_id)
             if row is None or row.seen != tables.head:
                 self._world.fail(19, f"{process} is at {row} of {tables.head}")
-            if self._world.with_redis and not process.freshness._link_counts:  # noqa: SLF001
+            freshness = process.freshness
+            silence = process.clock.monotonic() - freshness._heard  # noqa: SLF001
+            linked = freshness._link_counts and silence < self._world.installation.lease  # noqa: SLF001
+            if self._world.with_redis and not linked:
                 self._world.fail(19, f"{process} has no link that counts")
 
     def check_idle(self) -> None:

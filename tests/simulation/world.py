@@ -18,7 +18,7 @@ from tests.simulation.network import Network
 from tests.simulation.process import Process, SimThreads
 from tests.simulation.redis_servers import Deployment
 from tests.simulation.timeline import Timeline
-from tfm_guard import freshness, hashing, link, reader, shared_cache
+from tfm_guard import confirmation, freshness, hashing, link, reader, shared_cache
 from tfm_guard.settings import Settings
 from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
@@ -172,8 +172,8 @@ class World:
         for _ in range(self.random.choice((1, 1, 2, 3))):
             self.timeline.after(self.random.random() ** 2 * lease, self._begin_fault)
         for _ in range(self.random.choice((1, 2))):
-            seconds = self.random.choice((0.05, 0.5, 3.0)) * self.random.random() * lease
-            self.timeline.after(seconds, self.actors.revoke)
+            seconds = self.random.choice((0.05, 0.5, 2.0)) * self.random.random() * lease
+            self.timeline.after(seconds, self.actors.revoke_some)
         pause = self.random.choice((1.0, 2.0, 4.0))
         self.timeline.after(self.random.uniform(0.5, 1.5) * pause * lease, self._go_wrong)
 
@@ -191,7 +191,7 @@ class World:
             self.note("world", f"{fault.__name__} ends")
 
         self._ends.append(heal)
-        leases = self.random.choice((0.1, 1.0, 3.0, 6.0)) * self.random.uniform(0.5, 1.0)
+        leases = self.random.choice((0.2, 2.0, 5.0, 8.0)) * self.random.uniform(0.5, 1.0)
         self.timeline.after(leases * self.installation.lease, self._heal, heal)
 
     def _heal(self, end: Callable[[], None]) -> None:
@@ -221,6 +221,9 @@ class World:
                 (hashing, "ThreadPoolExecutor", functools.partial(SimThreads, world=self)),
                 (shared_cache, "random", self.random),
                 (link, "random", self.random),
+                (link, "_PING_SECONDS", self.installation.lease / 4),
+                (link, "_SILENCE_SECONDS", self.installation.lease / 2),
+                (confirmation, "CONFIRM_SECONDS", 2.5 * self.installation.lease),
                 (shared_cache, "MAX_AGE_SECONDS", self.max_age),
                 (reader, "MAX_AGE_SECONDS", self.max_age),
                 (freshness, "FLOOR_SECONDS", 2 * self.max_age),
@@ -266,13 +269,13 @@ def _settings(random: Random) -> Settings:
 
 
 def _installation(random: Random) -> Installation:
-    lease = random.choice((1.0, 2.0))
+    lease = random.choice((0.5, 1.0))
     return Installation(
         id="simulated",
         root_secret=random.randbytes(32),
         tag_key=random.randbytes(32),
         lease=lease,
-        unfed=lease * random.choice((2, 4)),
+        unfed=lease * random.choice((3, 5)),
         poll_interval=lease / 3,
         linked_poll_interval=lease / 2,
     )
