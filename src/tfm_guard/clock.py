@@ -38,5 +38,7 @@ class SystemClock:
         if unless is None:
             await asyncio.sleep(seconds)
         else:
+            # Not wait_for: that of Python 3.11 goes on when it is cancelled just as the event is set.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(unless.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await unless.wait()

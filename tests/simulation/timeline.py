@@ -1,13 +1,13 @@
 """Virtual time, and all that is to happen in it, in one order."""
 
-import asyncio
-import contextlib
 import heapq
 import itertools
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any, Protocol
+
+from tfm_guard.clock import SystemClock
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 _BOOTED = 1000.0  # seconds that every monotonic clock shows at first
@@ -66,7 +66,7 @@ class Timeline:
             del self._timers[number]
 
 
-class SimClock:
+class SimClock(SystemClock):
     """One process's clocks: *rate* seconds pass on it in each second; its wall clock is *off*.
 
     The monotonic one goes on while the process does not, as CLOCK_BOOTTIME does.
@@ -80,15 +80,8 @@ class SimClock:
     def now(self) -> datetime:
         return self._start + timedelta(seconds=self._timeline.now)
 
-    def monotonic(self) -> float:
+    def monotonic(self) -> float:  # type: ignore[override]  # no C function here
         return _BOOTED + self._timeline.now * self._rate
-
-    async def sleep(self, seconds: float, *, unless: asyncio.Event | None = None) -> None:
-        if unless is None:
-            await asyncio.sleep(seconds)
-        else:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(unless.wait(), seconds)
 
     def time_of(self, monotonic: float) -> float:
         """Return the time at which this clock shows *monotonic*."""

@@ -132,7 +132,7 @@ class World:
 
     def _recover(self) -> None:
         self._faults.clear()
-        for end in self._ends:
+        for end in list(self._ends):
             end()
         self.network.heal()
         self.deployment.stuck.clear()
