@@ -167,7 +167,9 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "the register's link is whatever server the URL led to": Break(
         Link, "_name_of", 'f"{run_id}/{self._seals.id}"', '"redis"'
     ),
-    "silence on the link is borne": Constant(link, "_SILENCE_SECONDS", lambda _: 1e9),
+    "silence on the link is borne": Break(
+        Link, "_keep_pinging", ">= _SILENCE_SECONDS", ">= 1e9"
+    ),
     "a message is acknowledged before it is applied": Break(
         Link, "_handle_message", "for change in message.changes:", "for change in []:"
     ),
@@ -308,7 +310,7 @@ _FOCUS: dict[str, tuple[Fault, ...]] = {
     "a process trusts memory before it has read the feed": _STOPS,
     "a process reads the feed before it is in the register": _STOPS,
     "a late write to the register undoes a later one": _LINKS,
-    "an answer on the link counts from its arrival": (faults.pause, faults.kill_subscribers),
+    "an answer on the link counts from its arrival": (faults.pause, faults.freeze_redis, faults.kill_subscribers),
     "an answer on the link counts for ever": _LONELY,
     "the link counts without the feed": (faults.split,),
     "the link counts as soon as it is there": (faults.split,),
@@ -331,7 +333,7 @@ _FOCUS: dict[str, tuple[Fault, ...]] = {
     "revoking takes every link to have been told": _LONELY,
     "revoking waits from the commit, not from telling": _LINKS,
     "revoking believes a register that was read too early": _LINKS,
-    "a silent process is removed without a mark": _STOPS,
-    "a marked process is not told that it is struck off": _LONELY,
+    "a silent process is removed without a mark": (faults.pause, faults.cut_from_database),
+    "a marked process is not told that it is struck off": (faults.pause, faults.cut_from_database),
 }
 BREAKS = {name: Rule(change, _FOCUS.get(name, ())) for name, change in _CHANGES.items()}

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -154,18 +155,31 @@ def replay(world: "World") -> End:
 
 
 def vandalize(world: "World") -> End:
-    """Somebody writes what is no entry, or the entry of another key."""
+    """Somebody writes what is no entry, or the entry of another key, again and again."""
     random = world.timeline.random
-    values = world.deployment.primary.values
-    names = list(values)
-    for name in names:
-        content = values[random.choice(names)].content
-        if isinstance(content, bytes) and content:
-            position = random.randrange(len(content))
-            broken = content[:position] + random.randbytes(1) + content[position + 1 :]
-            content = random.choice([content, broken, content[:position], random.randbytes(9), [b"x"]])
-        values[name] = Value(content, world.timeline.now + 100.0)
-    return _nothing
+    going_on = [True]
+
+    def write() -> None:
+        values = world.deployment.primary.values
+        names = list(values)
+        for name in names:
+            if random.random() < 0.5:
+                content = values[random.choice(names)].content
+                values[name] = Value(_spoilt(content, random), world.timeline.now + 100.0)
+        if going_on:
+            world.timeline.after(random.uniform(0.0, 0.3), write)
+
+    write()
+    return going_on.clear
+
+
+def _spoilt(content: bytes | list[bytes], random: Random) -> bytes | list[bytes]:
+    """Return *content*, or something near it, or something else."""
+    if not isinstance(content, bytes) or not content:
+        return b""
+    position = random.randrange(len(content))
+    broken = content[:position] + random.randbytes(1) + content[position + 1 :]
+    return random.choice([content, content, broken, content[:position], random.randbytes(9), [b"x"]])
 
 
 def split(world: "World") -> End:
@@ -238,7 +252,10 @@ def leave_half_open(world: "World") -> End:
 
 def _pretend(world: "World", server: RedisServer) -> None:
     """Acknowledge, for everybody, what was published last; the seal is all that is not right."""
-    _, payload = server.published[-1]
+    told = [payload for channel, payload in server.published if channel.endswith(b"changes")]
+    if not told:
+        return
+    payload = told[-1]
     with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
         message = msgspec.msgpack.decode(payload[:-16], type=Message)
         for worker_id in world.database.tables.workers:

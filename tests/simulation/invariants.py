@@ -259,6 +259,12 @@ class Oracle:
         if entry.version < before.version or (before.revoked and not entry.revoked):
             self._world.fail(3, f"a fill replaced {before!r} by {entry!r}")
 
+    def check_believed(self, process: "Process", entry: CacheEntry) -> None:
+        """Check that what is believed of Redis is not too old for that."""
+        age = self._world.timeline.now + START.timestamp() - entry.sealed_at
+        if age > self._world.max_age + 2 * SKEW_SECONDS:
+            self._world.fail(4, f"{process} believes {entry!r}, which is {age:.1f} s old")
+
     def check_remembered(self, process: "Process", entry: CacheEntry, ends: float) -> None:
         """Check that memory keeps what was sealed then for no longer than its age allows."""
         lasts = entry.sealed_at - START.timestamp() + self._world.max_age + SKEW_SECONDS

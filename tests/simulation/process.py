@@ -56,7 +56,7 @@ class Process:
         self.next_random = b""
         self._world = world
         self.clock = SimClock(
-            world.timeline, rate=random.uniform(0.99, 1.01), off=random.choice((0, 0, 3600, -3600))
+            world.timeline, rate=random.choice((0.99, 1.0, 1.01)), off=random.choice((0, 0, 3600, -3600))
         )
         self.start()
 

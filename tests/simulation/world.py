@@ -24,7 +24,7 @@ from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
 from tfm_guard.token import DigestKeys
 
-_MAX_AGE = 8.0  # seconds that an entry counts: not ten minutes, so that some grow old
+_MAX_AGE = 4.0  # seconds that an entry counts: not ten minutes, so that some grow old
 _QUIET_SECONDS = 5.0
 _RECOVERING = 0.2  # how many worlds are healed at their end
 _REMEMBERED = 60  # events that are shown of a world that went wrong
@@ -181,6 +181,8 @@ class World:
         if not self._faults:
             return
         fault = self.random.choice(self._faults)
+        if self.random.random() < 0.5:
+            self.timeline.after(self.random.uniform(0.0, 0.05), self.actors.revoke_some)
         end = fault(self)
         self.count(fault.__name__)
         self.note("world", fault.__name__)
@@ -201,7 +203,7 @@ class World:
     def _save_redis(self) -> None:
         snapshots = self.deployment.snapshots
         snapshots.append(dict(self.deployment.primary.values))
-        del snapshots[:-5]
+        del snapshots[:-12]
         self.timeline.after(1.0, self._save_redis)
 
     @contextlib.contextmanager
@@ -216,6 +218,12 @@ class World:
                 process = self.current_process()
                 self.oracle.check_remembered(process, known.entry, kept.deadline)
 
+        know_entry = reader.KeyReader._know_entry  # noqa: SLF001  # watched, not changed
+
+        def watched_too(self_: Any, prefix: str, entry: Any, *args: Any) -> Any:
+            self.oracle.check_believed(self.current_process(), entry)
+            return know_entry(self_, prefix, entry, *args)
+
         with contextlib.ExitStack() as stack:
             for target, name, value in (
                 (hashing, "ThreadPoolExecutor", functools.partial(SimThreads, world=self)),
@@ -228,6 +236,7 @@ class World:
                 (reader, "MAX_AGE_SECONDS", self.max_age),
                 (freshness, "FLOOR_SECONDS", 2 * self.max_age),
                 (reader.KeyReader, "_remember", watched),
+                (reader.KeyReader, "_know_entry", watched_too),
             ):
                 stack.enter_context(replaced(target, name, value))
             yield
@@ -263,7 +272,7 @@ def _settings(random: Random) -> Settings:
         {},
         database_url="sqlite:///simulated",
         plans={"free": 4},
-        local_cache_size=random.choice((2, 100)),
+        local_cache_size=random.choice((1, 2, 100)),
         **CHEAP_HASHING,
     )
 
