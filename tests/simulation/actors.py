@@ -139,7 +139,9 @@ class Actors:
             self._call(process, self._look(process))
 
     def _cancel(self) -> None:
-        waiting = [(p, task) for p, task in self._calls if not task.done() and p.loop is task.get_loop()]
+        waiting = [
+            (p, task) for p, task in self._calls if not task.done() and p.loop is task.get_loop()
+        ]
         if waiting:
             process, task = self._random.choice(waiting)
             self._cancelled.add(task)

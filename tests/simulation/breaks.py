@@ -88,7 +88,10 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
         "self._feed = self._clock.monotonic()",
     ),
     "a read of the feed counts however long it took": Break(
-        Freshness, "poll", "if self._clock.monotonic() - started > self._installation.lease:", "if False:"
+        Freshness,
+        "poll",
+        "if self._clock.monotonic() - started > self._installation.lease:",
+        "if False:",
     ),
     "a process trusts memory before it has read the feed": Break(
         Freshness,
@@ -100,7 +103,7 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "a process reads the feed before it is in the register": Break(
         Freshness,
         "_join",
-        "    await self._store.register_worker(worker_id, f\"{socket.gethostname()}:{os.getpid()}\")\n"
+        '    await self._store.register_worker(worker_id, f"{socket.gethostname()}:{os.getpid()}")\n'
         "    self._link_turn = self._turn + 1  # what was told before, was of the former place\n"
         "    started = self._clock.monotonic()\n"
         "    state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))\n",
@@ -133,9 +136,7 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "a process that joins does not learn earlier changes": Break(
         Freshness, "_join", "for change in recent:", "for change in []:"
     ),
-    "floors are dropped early": Break(
-        Freshness, "apply", "FLOOR_SECONDS", "FLOOR_SECONDS / 8"
-    ),
+    "floors are dropped early": Break(Freshness, "apply", "FLOOR_SECONDS", "FLOOR_SECONDS / 8"),
     "an applied change raises no floor": Break(
         Freshness, "apply", "= change.version, end", "= 0, end"
     ),
@@ -150,13 +151,22 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     ),
     # The link.
     "an answer on the link counts from its arrival": Break(
-        Link, "_handle", "self._freshness.link_answered(asked)", "self._freshness.link_answered(self._clock.monotonic())"
+        Link,
+        "_handle",
+        "self._freshness.link_answered(asked)",
+        "self._freshness.link_answered(self._clock.monotonic())",
     ),
     "an answer on the link counts for ever": Break(
-        Freshness, "_renew", "min(self._heard + times.lease, self._feed + times.unfed)", "self._heard + 1e9"
+        Freshness,
+        "_renew",
+        "min(self._heard + times.lease, self._feed + times.unfed)",
+        "self._heard + 1e9",
     ),
     "the link counts without the feed": Break(
-        Freshness, "_renew", "min(self._heard + times.lease, self._feed + times.unfed)", "self._heard + times.lease"
+        Freshness,
+        "_renew",
+        "min(self._heard + times.lease, self._feed + times.unfed)",
+        "self._heard + times.lease",
     ),
     "the link counts as soon as it is there": Break(
         Freshness, "link_came", "self._link_counts = False", "self._link_counts = True"
@@ -167,14 +177,15 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "the register's link is whatever server the URL led to": Break(
         Link, "_name_of", 'f"{run_id}/{self._seals.id}"', '"redis"'
     ),
-    "silence on the link is borne": Break(
-        Link, "_keep_pinging", ">= _SILENCE_SECONDS", ">= 1e9"
-    ),
+    "silence on the link is borne": Break(Link, "_keep_pinging", ">= _SILENCE_SECONDS", ">= 1e9"),
     "a message is acknowledged before it is applied": Break(
         Link, "_handle_message", "for change in message.changes:", "for change in []:"
     ),
     "messages need no seal": Break(
-        Seals, "open", "if not any(compare_digest(mac, _mac(key, channel, body)) for key in self._keys):", "if False:"
+        Seals,
+        "open",
+        "if not any(compare_digest(mac, _mac(key, channel, body)) for key in self._keys):",
+        "if False:",
     ),
     "messages are sealed for any channel": Constant(
         link, "_mac", lambda mac: lambda key, _channel, body: mac(key, "", body)
@@ -259,7 +270,10 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
         KeyReader, "_counts", "entry.sealed_at >= self._freshness.sealed_after", "True"
     ),
     "an entry from Redis counts without a lease": Break(
-        KeyReader, "_ask_shared", "return entry if self._freshness.is_fresh() else None", "return entry"
+        KeyReader,
+        "_ask_shared",
+        "return entry if self._freshness.is_fresh() else None",
+        "return entry",
     ),
     "seals are not checked": Break(
         SharedCache, "_unseal", "or not compare_digest(seal, self._mac(prefix, body))", ""
@@ -285,7 +299,10 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     ),
     "revoking waits for exactly the lease": Constant(confirmation, "_MARGIN", lambda _: 0.0),
     "revoking takes every link to have been told": Break(
-        Watch, "_end_of_trust", "unfed if told is None else", "self.started + self._wait if told is None else"
+        Watch,
+        "_end_of_trust",
+        "unfed if told is None else",
+        "self.started + self._wait if told is None else",
     ),
     "revoking waits from the commit, not from telling": Break(
         Watch, "_end_of_trust", "told + self._wait", "self.started + self._wait"
@@ -310,7 +327,11 @@ _FOCUS: dict[str, tuple[Fault, ...]] = {
     "a process trusts memory before it has read the feed": _STOPS,
     "a process reads the feed before it is in the register": _STOPS,
     "a late write to the register undoes a later one": _LINKS,
-    "an answer on the link counts from its arrival": (faults.pause, faults.freeze_redis, faults.kill_subscribers),
+    "an answer on the link counts from its arrival": (
+        faults.pause,
+        faults.freeze_redis,
+        faults.kill_subscribers,
+    ),
     "an answer on the link counts for ever": _LONELY,
     "the link counts without the feed": (faults.split,),
     "the link counts as soon as it is there": (faults.split,),

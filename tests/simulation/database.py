@@ -287,9 +287,7 @@ class SimStore:
     async def list_keys(self, account_id: str) -> list[ApiKey]:
         return await self._read(lambda: self._database.list_keys(account_id))
 
-    async def transact(
-        self, work: Callable[[Any], Awaitable[T]]
-    ) -> tuple[T, list[Change]]:
+    async def transact(self, work: Callable[[Any], Awaitable[T]]) -> tuple[T, list[Change]]:
         begun: list[SimTransaction] = []
 
         def run() -> tuple[T, list[Change]]:

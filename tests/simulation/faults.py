@@ -179,7 +179,9 @@ def _spoilt(content: bytes | list[bytes], random: Random) -> bytes | list[bytes]
         return b""
     position = random.randrange(len(content))
     broken = content[:position] + random.randbytes(1) + content[position + 1 :]
-    return random.choice([content, content, broken, content[:position], random.randbytes(9), [b"x"]])
+    return random.choice(
+        [content, content, broken, content[:position], random.randbytes(9), [b"x"]]
+    )
 
 
 def split(world: "World") -> End:

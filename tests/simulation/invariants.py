@@ -83,9 +83,7 @@ class Oracle:
         expires = float("inf")
         if key.expires_at is not None:
             expires = (key.expires_at - START).total_seconds()
-        facts = KeyFacts(
-            token, key.key_prefix, key.id, key.account_id, self._world.steps, expires
-        )
+        facts = KeyFacts(token, key.key_prefix, key.id, key.account_id, self._world.steps, expires)
         if asked_before:
             facts.early = self._world.timeline.now + self._stale_after
         facts.digest = self._world.digest_keys.current.digest(token)

@@ -40,9 +40,7 @@ class Network:
         self.seconds = 0.001
         self.slow = 0.0
 
-    def ask(
-        self, process: "Process", server: str, execute: Callable[[], T]
-    ) -> "asyncio.Future[T]":
+    def ask(self, process: "Process", server: str, execute: Callable[[], T]) -> "asyncio.Future[T]":
         """Have *server* execute a request of *process*, and return what will hold the answer.
 
         The request or the answer may be lost; then there is never one.
@@ -51,7 +49,9 @@ class Network:
             raise ConnectionError("this process has ended")
         answer: asyncio.Future[T] = process.loop.create_future()
         if (process.name, server) in self.refused:
-            self._deliver(process, server, answer, None, ConnectionRefusedError("connection refused"))
+            self._deliver(
+                process, server, answer, None, ConnectionRefusedError("connection refused")
+            )
         else:
             self._timeline.after(self.delay(), self._arrive, process, server, execute, answer)
         return answer

@@ -26,9 +26,7 @@ class SimGuard(Guard):
     def __init__(self, process: "Process", world: "World") -> None:
         self._process = process
         self._world = world
-        super().__init__(
-            world.settings, clock=process.clock, random=process.random
-        )
+        super().__init__(world.settings, clock=process.clock, random=process.random)
 
     def _new_store(self) -> Store:
         return cast("Store", SimStore(self._process, self._world.database, self._world.network))
@@ -56,7 +54,9 @@ class Process:
         self.next_random = b""
         self._world = world
         self.clock = SimClock(
-            world.timeline, rate=random.choice((0.99, 1.0, 1.01)), off=random.choice((0, 0, 3600, -3600))
+            world.timeline,
+            rate=random.choice((0.99, 1.0, 1.01)),
+            off=random.choice((0, 0, 3600, -3600)),
         )
         self.start()
 

@@ -166,9 +166,7 @@ class Deployment:
 
     def __init__(self, timeline: Timeline, server_names: tuple[str, ...] = ("a", "b")) -> None:
         self._timeline = timeline
-        self.servers = [
-            RedisServer(name, self.new_run_id(), timeline) for name in server_names
-        ]
+        self.servers = [RedisServer(name, self.new_run_id(), timeline) for name in server_names]
         for replica in self.servers[1:]:
             replica.role = "slave"
         self.primary = self.servers[0]

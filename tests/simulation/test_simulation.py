@@ -40,7 +40,9 @@ def test_every_invariant_holds_after_every_step() -> None:
 
 def test_a_seed_replays_exactly() -> None:
     """Two processes whose hashes of texts differ take the very same steps from the same seed."""
-    program = "import sys; from tests.simulation.campaign import explore; w = explore(int(sys.argv[1])); "
+    program = (
+        "import sys; from tests.simulation.campaign import explore; w = explore(int(sys.argv[1])); "
+    )
     program += "print(w.steps, w.digest, sorted(w.counts.items()))"
     for seed in ("3", "12"):
         first, second = (
