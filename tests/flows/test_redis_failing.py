@@ -316,7 +316,9 @@ class ClusterNode(RedisServer):
     """A node of a cluster of its own."""
 
     def command(self) -> Sequence[str]:
-        return [*super().command(), "--cluster-enabled", "yes"]
+        # By default the nodes' own port is 10,000 above: where outgoing connections take theirs.
+        cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        return [*super().command(), *cluster]
 
 
 async def test_a_cluster_is_refused(sqlite_url: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import urllib.request
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 
 from tests.support import postgres
 from tests.support.postgres import CHOICE, PostgresServer, find_binaries
+from tests.support.redis import RedisServer
 from tests.support.servers import (
     ROOT,
+    PrivateServer,
     ServerFailed,
     free_port,
     process_ended,
@@ -214,6 +217,32 @@ def test_free_ports_are_outside_the_range_of_outgoing_connections() -> None:
     """A client of a stopped server must not be able to connect to itself."""
     lowest = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]
     assert free_port() < int(lowest)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [PostgresServer, RedisServer, partial(UvicornProcess, APPLICATION)],
+    ids=["PostgreSQL", "Redis", "uvicorn"],
+)
+def test_a_port_that_was_taken_first_is_replaced(kind: Callable[[], PrivateServer]) -> None:
+    """A server whose port another program took before its first start comes up on another port."""
+    server = kind()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", server.port))
+        with server:
+            assert server.answers()
+            assert server.port != other.getsockname()[1]
+
+
+def test_a_port_that_was_taken_later_is_an_error() -> None:
+    """Once started, a server keeps to its port, which others know: it does not start elsewhere."""
+    with RedisServer() as server, socket.socket() as other:
+        port = server.port
+        server.stop()
+        other.bind(("127.0.0.1", port))
+        with pytest.raises(ServerFailed, match="Address already in use"):
+            server.start()
+        assert server.port == port
 
 
 def test_nothing_is_left_out_unnoticed(tmp_path: Path) -> None:
