@@ -4,11 +4,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
+import pytest
+
 from tests.support.api import EMAIL, Answer, call, first_token
 from tests.support.postgres import PostgresServer
 from tests.support.servers import wait_until
 from tests.support.sql import execute
 from tests.support.uvicorn_process import UvicornProcess
+
+pytestmark = pytest.mark.alone
 
 THREADS = 4
 BACK_WITHIN_SECONDS = 5.0

@@ -31,6 +31,8 @@ from tfm_guard.shared_cache import Breaker
 from tfm_guard.testing import ManualClock
 from tfm_guard.token import RANDOM_BYTES
 
+pytestmark = pytest.mark.alone
+
 # Longer than any pause between two probes, in seconds.
 PAUSE = 1.1
 

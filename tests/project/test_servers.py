@@ -129,6 +129,23 @@ def test_without_any_binaries_the_error_says_what_to_install(
         find_binaries()
 
 
+def test_a_database_that_is_used_again_is_as_new(postgres_server: PostgresServer) -> None:
+    """A test finds no table, no setting and no connection of those before it, nor their URL."""
+    first = postgres_server.create_database("first")
+    with psycopg.connect(first, autocommit=True) as connection:
+        connection.execute("CREATE TABLE mine ()")
+        connection.execute("ALTER DATABASE first SET default_transaction_read_only = on")
+        postgres_server.recycle_database("first")
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT 7")
+    second = postgres_server.create_database("second")
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        psycopg.connect(first)
+    with psycopg.connect(second) as connection:
+        connection.execute("CREATE TABLE mine ()")
+    postgres_server.drop_database("second")
+
+
 @pytest.mark.parametrize("turn", ["first", "second"])
 def test_every_test_has_its_own_database(database_url: str, turn: str, tmp_path: Path) -> None:
     """No test sees what another one wrote: a table can be created in each."""
@@ -245,7 +262,16 @@ def test_a_port_that_was_taken_later_is_an_error() -> None:
         assert server.port == port
 
 
-def test_nothing_is_left_out_unnoticed(tmp_path: Path) -> None:
+def test_each_process_of_a_run_has_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is stopped loses its port to no other process of the same test run."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
+    for number in (0, 1):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", f"gw{number}")
+        assert {free_port() % 2 for _ in range(20)} == {number}
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_nothing_is_left_out_unnoticed(tmp_path: Path, processes: str) -> None:
     """A run with a skipped or xfailed test, or a skipped module, fails and names each."""
     hooks = "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport\n"
     (tmp_path / "conftest.py").write_text(hooks)
@@ -276,9 +302,9 @@ def test_nothing_is_left_out_unnoticed(tmp_path: Path) -> None:
             def test_passes(): ...
         """)
     )
-    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", "-n", processes]
     run = subprocess.run(
-        command,
+        [*command, str(tmp_path)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -54,8 +54,11 @@ def free_port() -> int:
 
     It lies below the range that outgoing connections take theirs from: otherwise a client that
     keeps trying a stopped server could connect to itself, and so keep the port from the server.
+    For the same reason each process of a test run has ports of its own.
     """
-    for port in random.sample(range(15_000, 32_000), 100):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    for port in random.sample(range(15_000 + worker, 32_000, workers), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
