@@ -30,6 +30,15 @@ def pytest_runtest_protocol(
             fcntl.flock(_room, fcntl.LOCK_UN)
 
 
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a busy machine take its time for queries, but in tests that are marked `alone`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("alone") is None:
+            patch.setattr("tfm_guard.store.database.READ_SECONDS", 10.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """Run one PostgreSQL server for the whole session."""
