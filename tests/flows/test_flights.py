@@ -230,7 +230,7 @@ async def test_a_request_after_revoking_elsewhere_without_a_lease(
     before = ask(guard, created)
     await gate.holds_one()
     held = gate.let_through_later_ones()
-    other.keys._confirmation._wait = 0.0  # noqa: SLF001  # its lease has ended already
+    other.keys._confirmation._lease = 0.0  # noqa: SLF001  # its lease has ended already
     assert (await other.keys.revoke("acme", created.key.id)).how == "lease"
     after = ask(guard, created)
     held.set()  # the request created before has its turn before it takes effect
@@ -348,6 +348,7 @@ async def test_a_read_goes_on_without_those_who_asked(
     assert len(gate.reads) == 1
 
 
+@pytest.mark.alone
 async def test_no_answer_within_a_second(guard: Guard, gate: Gate, created: CreatedKey) -> None:
     """Who gets no answer is told so after 1 s, be it the first to ask or one that joined later."""
     gate.shut()
