@@ -104,7 +104,7 @@ class Confirmation:
         with contextlib.ExitStack() as stack:
             telling, acknowledged = None, Acknowledgements()
             if self._link is not None:
-                acknowledged = stack.enter_context(self._link.acknowledgements(changes[-1].id))
+                acknowledged = stack.enter_context(self._link.acknowledgements(changes[-1]))
                 telling = Telling(self._link, changes, self._clock)
                 stack.callback(telling.stop)
             watch = Watch(changes[-1].id, telling, self._clock, self._lease, self._unfed)

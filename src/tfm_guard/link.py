@@ -54,10 +54,14 @@ class Message(Struct, array_like=True, frozen=True):
 
 
 class Acknowledgement(Struct, array_like=True, frozen=True):
-    """A process says that it has handled a message whose last change is *change_id*."""
+    """A process says that it has handled a message whose last change is *change*.
+
+    Its number would not do: who joins a wait for an earlier change, of whatever key, takes the
+    number of the latest.
+    """
 
     worker_id: UUID
-    change_id: int
+    change: Change
 
 
 class Seals:
@@ -111,7 +115,7 @@ class Link:
         self._counters = counters
         self._publisher = Publisher(connect)
         self._asked: dict[bytes, float] = {}  # nonces of PINGs, and when each was sent, monotonic
-        self._awaited: defaultdict[int, list[Acknowledgements]] = defaultdict(list)
+        self._awaited: defaultdict[Change, list[Acknowledgements]] = defaultdict(list)
         self._running: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -138,16 +142,16 @@ class Link:
         return self._name_of(await self._publisher.publish(self._changes, payload))
 
     @contextlib.contextmanager
-    def acknowledgements(self, change_id: int) -> "Iterator[Acknowledgements]":
-        """Collect acknowledgements of messages whose last change is *change_id* meanwhile."""
+    def acknowledgements(self, change: Change) -> "Iterator[Acknowledgements]":
+        """Collect acknowledgements of messages whose last change is *change* meanwhile."""
         collected = Acknowledgements()
-        self._awaited[change_id].append(collected)
+        self._awaited[change].append(collected)
         try:
             yield collected
         finally:
-            self._awaited[change_id].remove(collected)
-            if not self._awaited[change_id]:
-                del self._awaited[change_id]
+            self._awaited[change].remove(collected)
+            if not self._awaited[change]:
+                del self._awaited[change]
 
     def _name_of(self, run_id: str) -> str:
         # Processes that seal with different keys do not understand each other for certain.
@@ -241,7 +245,7 @@ class Link:
             self._freshness.apply(change)
         if self._freshness.worker_id in message.struck_off:
             self._freshness.start_afresh()
-        acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1].id)
+        acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1])
         self._publisher.publish_soon(
             message.reply_to, self._seals.seal(message.reply_to, acknowledgement)
         )
@@ -251,7 +255,7 @@ class Link:
         if acknowledgement is None:
             self._counters.link_rejected += 1
             return
-        for collected in self._awaited.get(acknowledgement.change_id, ()):
+        for collected in self._awaited.get(acknowledgement.change, ()):
             collected.add(acknowledgement.worker_id)
 
 
@@ -261,6 +265,10 @@ class Acknowledgements(set[UUID]):
     def __init__(self) -> None:
         super().__init__()
         self.came = asyncio.Event()
+
+    # One that awaits the same and has heard of the same is still another.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def add(self, worker_id: UUID) -> None:
         super().add(worker_id)

@@ -40,7 +40,7 @@ class Actors:
             self._verify_wrong,
             *[self._create] * 3,
             self.revoke,
-            self._revoke_again,
+            self.revoke_again,
             self._cancel,
             self._list,
         ]
@@ -117,6 +117,8 @@ class Actors:
         process = self._some_process()
         for _ in range(self._random.choice((1, 1, 2))):
             self.revoke(process)
+        if self._random.random() < 0.3:
+            self.revoke_again(process)
 
     def revoke(self, process: "Process | None" = None) -> None:
         """Have *process*, or some other, revoke a key."""
@@ -128,8 +130,10 @@ class Actors:
         if process is not None and facts is not None:
             self._call(process, self._end(process, facts))
 
-    def _revoke_again(self) -> None:
-        process = self._some_process()
+    def revoke_again(self, process: "Process | None" = None) -> None:
+        """Have *process*, or some other, join the wait for a revocation, or be told it is over."""
+        if process is None or not process.running:
+            process = self._some_process()
         begun = [f for f in self._world.oracle.keys.values() if f.committed < float("inf")]
         if process is not None and begun:
             self._call(process, self._end(process, self._random.choice(begun[-_HOT:])))

@@ -193,7 +193,7 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "any acknowledgement counts": Break(
         Link,
         "_handle_acknowledgement",
-        "for collected in self._awaited.get(acknowledgement.change_id, ()):",
+        "for collected in self._awaited.get(acknowledgement.change, ()):",
         "for collected in [c for several in self._awaited.values() for c in several]:",
     ),
     "who was struck off is not told on the link": Break(
