@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ACCOUNTS = ("acme", "umbrella")
+_FEW = 3  # good keys: more are made then
 _HOT = 5  # keys that nearly all requests are about
 
 
@@ -27,7 +28,7 @@ class Actors:
     def __init__(self, world: "World") -> None:
         self._world = world
         self._random = world.timeline.random
-        self._pause = self._random.choice((0.03, 0.1, 0.2))  # seconds between arrivals
+        self._pause = self._random.choice((0.05, 0.2, 0.4))  # seconds between arrivals
         self._tagger = Tagger(world.installation.tag_key)
         self._calls: list[tuple[Process, SimTask[Any]]] = []
         self._cancelled: set[SimTask[Any]] = set()
@@ -38,7 +39,7 @@ class Actors:
             *[self._verify_one] * 12,
             self._verify_many,
             self._verify_wrong,
-            *[self._create] * 3,
+            self._create,
             self.revoke,
             self.revoke_again,
             self._cancel,
@@ -64,8 +65,13 @@ class Actors:
     def _arrive(self) -> None:
         if self._stopped:
             return
-        deed = self._verify_one if self._verifying_only else self._random.choice(self._deeds)
-        deed()
+        if self._verifying_only:
+            self._verify_one()
+        elif len(self._world.oracle.good_keys()) < _FEW:
+            self._create()
+            self._verify_one()
+        else:
+            self._random.choice(self._deeds)()
         self._world.timeline.after(self._random.expovariate(1 / self._pause), self._arrive)
 
     def _call(self, process: "Process", work: Coroutine[Any, Any, T]) -> "SimTask[T]":
@@ -156,9 +162,8 @@ class Actors:
         for change in changes:
             facts = self._world.oracle.keys.get(change.prefix)
             if facts is not None and change.kind == "revoked":
-                for _ in range(2):
-                    seconds = self._random.choice((0.0, 0.01, 0.3, 2.0)) * self._random.random()
-                    self._world.timeline.after(seconds, self._verify_everywhere, facts)
+                seconds = self._random.choice((0.0, 0.01, 0.3, 2.0)) * self._random.random()
+                self._world.timeline.after(seconds, self._verify_everywhere, facts)
 
     def _revoke_just_then(self) -> None:
         """Now and then, have a key revoked at about the time at which a process joins."""
@@ -166,6 +171,8 @@ class Actors:
             self._world.timeline.after(self._random.uniform(0.0, 0.2), self.revoke)
 
     def _verify_everywhere(self, facts: KeyFacts) -> None:
+        if self._stopped:
+            return
         for process in self._world.processes:
             if process.running:
                 self.verify(process, facts)

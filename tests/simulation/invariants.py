@@ -179,13 +179,15 @@ class Oracle:
                 self._world.fail(16, f"{process} is idle, and {waiting} wait: {tasks}")
 
     def some_remembered_key(self) -> KeyFacts | None:
-        """Return a good key that some process remembers."""
+        """Return a good key that as many processes as possible remember."""
         memories = [
             process.parts.verifier._local.entries  # noqa: SLF001
             for process in self._world.processes
             if process.running and process.parts is not None
         ]
-        found = [f for f in self.good_keys() if any(f.name in memory for memory in memories)]
+        holders = {f: sum(f.name in memory for memory in memories) for f in self.good_keys()}
+        most = max(holders.values(), default=0)
+        found = [facts for facts, count in holders.items() if count == most > 0]
         return self._world.random.choice(found) if found else None
 
     def good_keys(self) -> list[KeyFacts]:

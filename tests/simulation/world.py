@@ -231,6 +231,7 @@ class World:
                 (link, "random", self.random),
                 (link, "_PING_SECONDS", self.installation.lease / 4),
                 (link, "_SILENCE_SECONDS", self.installation.lease / 2),
+                (confirmation, "_LONGEST_PAUSE_SECONDS", self.installation.lease / 6),
                 (confirmation, "CONFIRM_SECONDS", 2.5 * self.installation.lease),
                 (shared_cache, "MAX_AGE_SECONDS", self.max_age),
                 (reader, "MAX_AGE_SECONDS", self.max_age),
