@@ -27,7 +27,13 @@ def _victims(world: "World") -> "list[Process]":
     """Return one process, or all."""
     if world.timeline.random.random() < 0.25:
         return list(world.processes)
-    return [world.timeline.random.choice(world.processes)]
+    return [_lonely(world)]
+
+
+def _lonely(world: "World") -> "Process":
+    """Return the one process that a fault is about."""
+    world.victim = world.timeline.random.choice(world.processes)
+    return world.victim
 
 
 def pause(world: "World") -> End:
@@ -186,7 +192,7 @@ def _spoilt(content: bytes | list[bytes], random: Random) -> bytes | list[bytes]
 
 def split(world: "World") -> End:
     """One process and Redis are cut off from the others and the database."""
-    lonely = world.timeline.random.choice(world.processes)
+    lonely = _lonely(world)
     server = world.deployment.primary.name
     others = {(process.name, server) for process in world.processes if process is not lonely}
     pairs = {*others, (lonely.name, "database")}
@@ -211,7 +217,7 @@ def split(world: "World") -> End:
 def isolate_primary(world: "World") -> End:
     """A replica takes over; one process stays with the old primary, cut off from all else."""
     deployment, network = world.deployment, world.network
-    lonely = world.timeline.random.choice(world.processes)
+    lonely = _lonely(world)
     old = deployment.primary
     fail_over(world)
     old.role = "master"

@@ -179,16 +179,17 @@ class Oracle:
                 self._world.fail(16, f"{process} is idle, and {waiting} wait: {tasks}")
 
     def some_remembered_key(self) -> KeyFacts | None:
-        """Return a good key that as many processes as possible remember."""
-        memories = [
-            process.parts.verifier._local.entries  # noqa: SLF001
-            for process in self._world.processes
-            if process.running and process.parts is not None
-        ]
-        holders = {f: sum(f.name in memory for memory in memories) for f in self.good_keys()}
-        most = max(holders.values(), default=0)
-        found = [facts for facts, count in holders.items() if count == most > 0]
-        return self._world.random.choice(found) if found else None
+        """Return a good key that the last victim of a fault remembers, or else somebody."""
+        good, victim = self.good_keys(), self._world.victim
+        for processes in ([victim] if victim else [], self._world.processes):
+            memories = [
+                process.parts.verifier._local.entries  # noqa: SLF001
+                for process in processes
+                if process.running and process.parts is not None
+            ]
+            if found := [f for f in good if any(f.name in memory for memory in memories)]:
+                return self._world.random.choice(found)
+        return None
 
     def good_keys(self) -> list[KeyFacts]:
         """Return the keys that are good, and for some time to come."""

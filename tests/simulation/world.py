@@ -60,6 +60,7 @@ class World:
         self.processes = [Process(f"p{number}", self) for number in range(count)]
         self.oracle = Oracle(self)
         self.actors = Actors(self)
+        self.victim: Process | None = None  # of the last fault that was about one process
         self._eager = self.random.choice((0.5, 0.9, 1.0))  # how surely work comes before time
         self._ends: list[Callable[[], None]] = []
         chosen = [fault for fault in faults.FAULTS if self.random.random() < 0.2]
