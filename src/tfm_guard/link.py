@@ -149,9 +149,10 @@ class Link:
         try:
             yield collected
         finally:
-            self._awaited[change].remove(collected)
-            if not self._awaited[change]:
-                del self._awaited[change]
+            # By identity: two that have heard of the same processes are equal.
+            others = [other for other in self._awaited.pop(change) if other is not collected]
+            if others:
+                self._awaited[change] = others
 
     def _name_of(self, run_id: str) -> str:
         # Processes that seal with different keys do not understand each other for certain.
@@ -265,10 +266,6 @@ class Acknowledgements(set[UUID]):
     def __init__(self) -> None:
         super().__init__()
         self.came = asyncio.Event()
-
-    # One that awaits the same and has heard of the same is still another.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
 
     def add(self, worker_id: UUID) -> None:
         super().add(worker_id)

@@ -18,7 +18,6 @@ from tfm_guard.records import CacheEntry, Change, KeyCredentials, StoredKey, Ver
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
 from tfm_guard.store import Store
 
-
 # A change that was not read from the feed.
 _UNNUMBERED: Final = 0
 

@@ -103,7 +103,8 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "a process reads the feed before it is in the register": Break(
         Freshness,
         "_join",
-        '    await self._store.register_worker(worker_id, f"{socket.gethostname()}:{os.getpid()}")\n'
+        "    await self._store.register_worker(worker_id, "
+        'f"{socket.gethostname()}:{os.getpid()}")\n'
         "    self._link_turn = self._turn + 1  # what was told before, was of the former place\n"
         "    started = self._clock.monotonic()\n"
         "    state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))\n",
@@ -253,8 +254,8 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
     "a row below the floor is believed": Break(
         KeyReader,
         "_fly",
-        "    if row is None:\n        return None\n    if row.version < self._freshness.floor(prefix):",
-        "    if row is None:\n        return None\n    if False:",
+        "        return None\n    if row.version < self._freshness.floor(prefix):",
+        "        return None\n    if False:",
     ),
     "the end of a key is left out": Break(
         KeyReader, "_remember", "if entry.expires_at is not None:", "if False:"

@@ -70,16 +70,16 @@ class Campaign:
     def report(self) -> str:
         """Return what was searched, how fast, what happened, and what led to a failure."""
         seeds = f"seeds {self._first_seed} to {self._next_seed - 1}"
+        speed = self.steps / max(self._seconds, 1e-9)
         lines = [
-            f"{self.steps} steps in {self._seconds:.1f} s "
-            f"({self.steps / max(self._seconds, 1e-9):.0f}/s), {seeds}",
+            f"{self.steps} steps in {self._seconds:.1f} s ({speed:.0f}/s), {seeds}",
             ", ".join(f"{what}: {count}" for what, count in sorted(self.counts.items())),
         ]
         for failure in self.failures:
             lines += explore(failure.seed, focus=self._focus, verbose=True).trace
             lines += [
-                f"{failure.violation}",
-                f'It is found again by: make simulate ARGS="--seed {failure.seed} --steps 1"',
+                str(failure.violation),
+                f'Once more: make simulate ARGS="--seed {failure.seed} --steps 1"',
             ]
         return "\n".join(lines)
 

@@ -93,7 +93,7 @@ class SimTransaction:
 
     async def lock_account(self, account_id: str) -> Account:
         plans = self._tables.plans
-        self._effects.append(lambda: plans.setdefault(account_id, "free") and None)
+        self._effects.append(lambda: plans.update({account_id: plans.get(account_id, "free")}))
         return Account(account_id, plans.get(account_id, "free"))
 
     async def set_plan(self, account_id: str, plan: str) -> None:

@@ -41,7 +41,12 @@ def pause(world: "World") -> End:
     victims = _victims(world)
     for process in victims:
         process.paused = True
-    return lambda: [setattr(process, "paused", False) for process in victims] and None
+
+    def resume() -> None:
+        for process in victims:
+            process.paused = False
+
+    return resume
 
 
 def crash(world: "World") -> End:
@@ -81,8 +86,13 @@ def cut_from_redis(world: "World") -> End:
 
 def cut_from_both(world: "World") -> End:
     """Processes lose the database and Redis at once."""
-    ends = [_cut(world, "database"), _cut(world, world.deployment.primary.name)]
-    return lambda: [end() for end in ends] and None
+    first, second = _cut(world, "database"), _cut(world, world.deployment.primary.name)
+
+    def end() -> None:
+        first()
+        second()
+
+    return end
 
 
 def _cut(world: "World", server: str) -> End:
@@ -185,9 +195,8 @@ def _spoilt(content: bytes | list[bytes], random: Random) -> bytes | list[bytes]
         return b""
     position = random.randrange(len(content))
     broken = content[:position] + random.randbytes(1) + content[position + 1 :]
-    return random.choice(
-        [content, content, broken, content[:position], random.randbytes(9), [b"x"]]
-    )
+    spoilt: list[bytes | list[bytes]] = [content, content, broken, content[:position], [b"x"]]
+    return random.choice(spoilt)
 
 
 def split(world: "World") -> End:
@@ -205,7 +214,12 @@ def split(world: "World") -> End:
                 connection.reset()
         seconds = world.timeline.random.uniform(0.0, 0.4)
     over: list[bool] = []
-    world.timeline.after(seconds, lambda: over or how.update(pairs))
+
+    def begin() -> None:
+        if not over:
+            how.update(pairs)
+
+    world.timeline.after(seconds, begin)
 
     def join_again() -> None:
         over.append(True)

@@ -25,7 +25,7 @@ _IDLE_TASKS = 6  # polling, the link's three, and two of what may be going on ri
 _WATCHED = 8  # how many of the keys last revoked are looked for in every memory after every step
 
 
-class Violation(Exception):  # noqa: N818  # it is what is searched for, not an error
+class Violation(Exception):
     """An invariant does not hold."""
 
     def __init__(self, invariant: int, what: str) -> None:

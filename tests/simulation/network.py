@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Postponed(Exception):  # noqa: N818  # it is no error
+class Postponed(Exception):
     """Raised by a server that will see to a request at *until*."""
 
     def __init__(self, until: float) -> None:

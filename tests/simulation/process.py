@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from tests.simulation.database import SimStore
-from tests.simulation.loop import SimLoop, SimTask
+from tests.simulation.loop import SimLoop, SimTask, new_loop
 from tests.simulation.redis_servers import SimRedisAccess
 from tests.simulation.timeline import SimClock
 from tfm_guard import Guard
@@ -68,7 +68,7 @@ class Process:
         self.lives += 1
         self.running, self.paused = True, False
         self.next_random = b""
-        self.loop = SimLoop(self._world.timeline, self.clock, self._world.note_error)
+        self.loop = new_loop(self._world.timeline, self.clock, self._world.note_error)
         self.guard = SimGuard(self, self._world)
         self.spawn(self._open())
 

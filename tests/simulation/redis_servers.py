@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lupa.lua51 import LuaRuntime
+from lupa.lua51 import LuaRuntime  # type: ignore[import-untyped]  # it has no annotations
 
 from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import Timeline
@@ -127,7 +127,7 @@ class RedisServer:
 class Script:
     """A Lua script, run as Redis runs it: its own text, not a likeness of it."""
 
-    _runtime = LuaRuntime(encoding=None)  # type: ignore[call-arg]  # text is bytes, as in Redis
+    _runtime = LuaRuntime(encoding=None)  # text is bytes, as in Redis
     _compiled: dict[str, Any] = {}  # noqa: RUF012  # of all worlds
 
     def __init__(self, text: str) -> None:

@@ -187,7 +187,8 @@ async def test_answers_as_the_real_one(database_url: str, seed: int) -> None:
     clock = ManualClock(START)
     real = Store(database_url, pool_size=1, clock=clock)
     database = SimDatabase(timeline, await real.open(), dialect=dialect)
-    simulated = SimStore(_NOBODY, database, Direct(timeline))
+    network: Any = Direct(timeline)
+    simulated = SimStore(_NOBODY, database, network)
     questions = Questions(seed)
     answered = 0
     for _ in range(150):

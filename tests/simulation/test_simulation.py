@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.campaign import Campaign, main
 from tests.simulation.breaks import BREAKS
+from tests.simulation.campaign import Campaign, main
 
 ROOT = Path(__file__).parents[2]
 STEPS = 250_000

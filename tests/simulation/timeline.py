@@ -80,7 +80,7 @@ class SimClock(SystemClock):
     def now(self) -> datetime:
         return self._start + timedelta(seconds=self._timeline.now)
 
-    def monotonic(self) -> float:  # type: ignore[override]  # no C function here
+    def monotonic(self) -> float:
         return _BOOTED + self._timeline.now * self._rate
 
     def time_of(self, monotonic: float) -> float:

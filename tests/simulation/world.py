@@ -24,6 +24,7 @@ from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
 from tfm_guard.token import DigestKeys
 
+_LEASE = 0.5  # seconds; other times that belong to it are shortened as much
 _MAX_AGE = 4.0  # seconds that an entry counts: not ten minutes, so that some grow old
 _QUIET_SECONDS = 5.0
 _RECOVERING = 0.2  # how many worlds are healed at their end
@@ -65,7 +66,7 @@ class World:
         self._ends: list[Callable[[], None]] = []
         chosen = [fault for fault in faults.FAULTS if self.random.random() < 0.2]
         self._faults = list(focus) or chosen
-        self.timeline.after(self.random.uniform(0.5, 2.0), self._go_wrong)
+        self.timeline.after(self.random.uniform(0.3, 1.0), self._go_wrong)
         self.timeline.after(0.5, self._save_redis)
 
     def run(self, steps: int) -> None:
@@ -194,7 +195,7 @@ class World:
             self.note("world", f"{fault.__name__} ends")
 
         self._ends.append(heal)
-        leases = self.random.choice((0.2, 2.0, 5.0, 8.0)) * self.random.uniform(0.5, 1.0)
+        leases = self.random.choice((0.3, 2.0, 8.0)) * self.random.uniform(0.5, 1.0)
         self.timeline.after(leases * self.installation.lease, self._heal, heal)
 
     def _heal(self, end: Callable[[], None]) -> None:
@@ -261,11 +262,11 @@ def describe(handle: asyncio.Handle) -> str:
     task = getattr(callback, "__self__", None)
     if not isinstance(task, asyncio.Task):
         return str(getattr(callback, "__qualname__", callback))
-    place, coroutine = "", task.get_coro()
-    while coroutine is not None and getattr(coroutine, "cr_frame", None) is not None:
-        frame = coroutine.cr_frame
-        place += f" > {coroutine.__qualname__}:{frame.f_lineno}"
-        coroutine = getattr(coroutine, "cr_await", None)
+    coroutine: Any = task.get_coro()
+    place = ""
+    while getattr(coroutine, "cr_frame", None) is not None:
+        place += f" > {coroutine.__qualname__}:{coroutine.cr_frame.f_lineno}"
+        coroutine = coroutine.cr_await
     return f"task {getattr(task, 'number', '?')}{place}"
 
 
@@ -280,13 +281,12 @@ def _settings(random: Random) -> Settings:
 
 
 def _installation(random: Random) -> Installation:
-    lease = random.choice((0.5, 1.0))
     return Installation(
         id="simulated",
         root_secret=random.randbytes(32),
         tag_key=random.randbytes(32),
-        lease=lease,
-        unfed=lease * random.choice((3, 5)),
-        poll_interval=lease / 3,
-        linked_poll_interval=lease / 2,
+        lease=_LEASE,
+        unfed=_LEASE * random.choice((3, 5)),
+        poll_interval=_LEASE / 3,
+        linked_poll_interval=_LEASE / 2,
     )
