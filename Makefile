@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock test-floors clean
+.PHONY: help demo test simulate check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -20,6 +20,9 @@ demo: .venv/.ready ## Serve the example on this machine (ARGS="--port 9000").
 
 test: .venv/.ready ## Run the whole test suite in two processes (ARGS="-k revoke").
 	@.venv/bin/python -m pytest $(IN_TWO) $(ARGS)
+
+simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --steps 1000000").
+	@.venv/bin/python -m tests.simulation $(ARGS)
 
 check: .venv/.ready ## Lint; check the formatting, the types and the floors (who imports whom).
 	@.venv/bin/ruff check

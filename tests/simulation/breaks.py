@@ -296,7 +296,7 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
         Watch, "look", "return self.started + self._unfed_wait", "return -math.inf"
     ),
     "revoking takes no lease to be long enough": Break(
-        Watch, "__init__", "lease * (1 + _MARGIN)", "lease * 0.7"
+        Watch, "__init__", "lease * (1 + _MARGIN)", "lease * 0.4"
     ),
     "revoking waits for exactly the lease": Constant(confirmation, "_MARGIN", lambda _: 0.0),
     "revoking takes every link to have been told": Break(
@@ -345,13 +345,19 @@ _FOCUS: dict[str, tuple[Fault, ...]] = {
     "who was struck off is not told on the link": _LONELY,
     "a read that was sent is joined without a lease": _STOPS,
     "memory is filled without a lease": _STOPS,
-    "an entry from Redis counts at any age": _WRITERS,
-    "seals are not checked": _WRITERS,
-    "seals do not hold the name": _WRITERS,
-    "a fill overwrites whatever is there": _WRITERS,
+    "an entry from Redis counts at any age": (faults.replay, faults.restore_redis),
+    "seals are not checked": (faults.vandalize,),
+    "seals do not hold the name": (faults.vandalize,),
+    "a fill overwrites whatever is there": (faults.pause_writes, faults.freeze_redis),
     "revoking takes an unreadable register for an empty one": (faults.stop_database, *_LONELY),
-    "revoking takes no lease to be long enough": _STOPS,
-    "revoking waits for exactly the lease": _STOPS,
+    "revoking takes no lease to be long enough": (faults.pause, faults.cut_from_database),
+    "revoking waits for exactly the lease": (faults.pause,),
+    "a read of the feed counts for ever": (faults.cut_from_database,),
+    "an entry from Redis counts without a lease": (faults.pause,),
+    "refusals are remembered without a lease": (faults.cut_from_database,),
+    "an acknowledgement names the number of a change alone": (faults.leave_half_open, faults.crash),
+    "memory is filled although the floor moved": (faults.pause,),
+    "who refused a revoked key may accept it": (faults.pause,),
     "revoking takes every link to have been told": _LONELY,
     "revoking waits from the commit, not from telling": _LINKS,
     "revoking believes a register that was read too early": _LINKS,

@@ -171,15 +171,16 @@ class World:
     def _go_wrong(self) -> None:
         """Have some faults happen at about the same time, and keys revoked meanwhile."""
         lease = self.installation.lease
-        for _ in range(self.random.choice((1, 1, 2, 3))):
-            self.timeline.after(self.random.random() ** 2 * lease, self._begin_fault)
-        for _ in range(self.random.choice((1, 2))):
-            seconds = self.random.choice((0.05, 0.5, 2.0)) * self.random.random() * lease
-            self.timeline.after(seconds, self.actors.revoke_some)
-        pause = self.random.choice((1.0, 2.0, 4.0))
-        self.timeline.after(self.random.uniform(0.5, 1.5) * pause * lease, self._go_wrong)
+        lasting = self.random.choice((0.3, 2.0, 8.0)) * self.random.uniform(0.5, 1.0) * lease
+        for _ in range(self.random.choice((1, 1, 1, 2, 3))):
+            self.timeline.after(self.random.random() ** 3 * lease, self._begin_fault, lasting)
+        for longest in (0.1, self.random.choice((0.5, 3.0))):
+            self.timeline.after(self.random.random() * longest * lease, self.actors.revoke_some)
+        # As a rule all is well again before the next, so that memories are full.
+        calm = self.random.choice((0.0, lasting, lasting)) + self.random.uniform(1.0, 3.0) * lease
+        self.timeline.after(calm, self._go_wrong)
 
-    def _begin_fault(self) -> None:
+    def _begin_fault(self, lasting: float) -> None:
         if not self._faults:
             return
         fault = self.random.choice(self._faults)
@@ -195,8 +196,7 @@ class World:
             self.note("world", f"{fault.__name__} ends")
 
         self._ends.append(heal)
-        leases = self.random.choice((0.3, 2.0, 8.0)) * self.random.uniform(0.5, 1.0)
-        self.timeline.after(leases * self.installation.lease, self._heal, heal)
+        self.timeline.after(lasting, self._heal, heal)
 
     def _heal(self, end: Callable[[], None]) -> None:
         if end in self._ends:
