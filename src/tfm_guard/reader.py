@@ -92,10 +92,18 @@ class KeyReader:
         # A read that has been sent may have missed a change made before this call. While fresh,
         # that change would have detached the flight; otherwise nobody can tell.
         found, joined = await self._board(prefix, sent_ones_too=self._freshness.is_fresh())
-        if found is None and joined:
-            # Nobody waits until all know of a new key: it may have been made since that read.
+        if joined and self._may_differ_now(found):
             found, _ = await self._board(prefix, sent_ones_too=False)
         return found
+
+    def _may_differ_now(self, found: Known | Unproven | None) -> bool:
+        """Tell whether time alone, or what nobody waits for, may have changed what was found."""
+        if found is None:
+            return True  # nobody waits until all know of a new key: it may have been made since
+        expires_at = (found.row if isinstance(found, Unproven) else found.entry).expires_at
+        if expires_at is None:
+            return False
+        return expires_at.timestamp() - self._freshness.database_time() < SKEW_SECONDS
 
     async def _board(
         self, prefix: str, *, sent_ones_too: bool

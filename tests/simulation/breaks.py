@@ -227,7 +227,7 @@ _CHANGES: dict[str, Callable[[], Undo]] = {
         KeyReader, "detach", "self._flights.pop(prefix, None)", "pass"
     ),
     "nothing found by a read that was joined counts": Break(
-        KeyReader, "find", "if found is None and joined:", "if False:"
+        KeyReader, "_may_differ_now", "return True", "return False"
     ),
     # Filling.
     "memory is filled although the floor moved": Break(
