@@ -230,7 +230,7 @@ class Actors:
 
     async def _make(self, process: "Process", account_id: str) -> None:
         expires_at = None
-        if self._random.random() < 0.2:
+        if self._random.random() < 0.3:
             seconds = self._random.uniform(0.5, 6.0)
             expires_at = self._world.database.now + timedelta(seconds=seconds)
         if self._random.random() < 0.2:

@@ -210,7 +210,7 @@ class Oracle:
             world.fail(2, f"{process} accepts {facts} again after it refused it as revoked")
         if at > facts.committed + self._stale_after:
             world.fail(5, f"{process} accepts {facts} longer than the lease after its revocation")
-        if at > facts.expires + 0.15:
+        if at > facts.expires + 0.06:
             world.fail(7, f"{process} accepts {facts} after its expiry")
 
     def _committed(self, changes: list[Change]) -> None:

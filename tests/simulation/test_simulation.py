@@ -63,7 +63,7 @@ def test_a_violation_is_told_with_its_seed_and_what_led_to_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A campaign in which an invariant fails exits with 1 and shows the last events."""
-    undo = BREAKS["revoking waits for nobody"].apply()
+    undo = BREAKS["revoking waits for nobody"]()
     try:
         status = main(["--seed", "1", "--steps", "100000"])
     finally:
