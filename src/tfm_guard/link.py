@@ -183,17 +183,17 @@ class Link:
             self._freshness.link_came(self._name_of(wire.run_id))
             _log.info("changes arrive over Redis")
             self._asked.clear()
-            pinging = asyncio.get_running_loop().create_task(self._keep_pinging(wire))
+            lost = asyncio.Event()
             reading = asyncio.get_running_loop().create_task(self._read(wire))
+            reading.add_done_callback(lambda _: lost.set())
             try:
-                await asyncio.wait({pinging, reading}, return_when=asyncio.FIRST_COMPLETED)
+                while not reading.done():
+                    await self._ping(wire)
+                    await self._clock.sleep(_PING_SECONDS, unless=lost)
             finally:
-                pinging.cancel()
                 reading.cancel()
-                await asyncio.wait({pinging, reading})
-            for task in (pinging, reading):
-                if not task.cancelled():
-                    task.result()
+                await asyncio.wait({reading})
+            reading.result()
         finally:
             await wire.close()
 
@@ -205,15 +205,13 @@ class Link:
             if confirmation != [b"subscribe", channel.encode(), number]:
                 raise ConnectionError("Redis did not confirm the subscription")
 
-    async def _keep_pinging(self, wire: Wire) -> None:
-        while True:
-            now = self._clock.monotonic()
-            if now - min(self._asked.values(), default=now) >= _SILENCE_SECONDS:
-                raise ConnectionError(f"Redis was silent for {_SILENCE_SECONDS:g} s")
-            nonce = self._random(8).hex().encode()
-            self._asked[nonce] = now
-            await wire.send(("PING", nonce))
-            await self._clock.sleep(_PING_SECONDS)
+    async def _ping(self, wire: Wire) -> None:
+        now = self._clock.monotonic()
+        if now - min(self._asked.values(), default=now) >= _SILENCE_SECONDS:
+            raise ConnectionError(f"Redis was silent for {_SILENCE_SECONDS:g} s")
+        nonce = self._random(8).hex().encode()
+        self._asked[nonce] = now
+        await wire.send(("PING", nonce))
 
     async def _read(self, wire: Wire) -> None:
         while True:

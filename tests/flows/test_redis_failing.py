@@ -291,7 +291,7 @@ async def test_cut(distant: Life, proxy: Proxy) -> None:
 
 
 async def test_no_storm(life: Life, redis_server: RedisServer) -> None:
-    """While Redis is away it is tried about once a second, however many requests come."""
+    """While Redis is away it is tried a few times a second, however many requests come."""
     redis_server.stop()
     port = redis_server.port
     tried = 0
@@ -308,8 +308,8 @@ async def test_no_storm(life: Life, redis_server: RedisServer) -> None:
             await life.clock.pass_time(0.5)
             await life.requests(4)
     assert first <= 2 * Breaker.FAILURES
-    # 5 seconds, with pauses of half a second at least.
-    assert 4 <= tried - first <= 10
+    # 5 seconds; the cache pauses for half a second at least, the link soon for about one.
+    assert 6 <= tried - first <= 20
     redis_server.start()
     assert await life.heals()
 
