@@ -128,7 +128,7 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "the register's link is whatever server the URL led to": Break(
         Link, "_name_of", 'f"{run_id}/{self._seals.id}"', '"redis"'
     ),
-    "silence on the link is borne": Break(Link, "_keep_pinging", ">= _SILENCE_SECONDS", ">= 1e9"),
+    "silence on the link is borne": Break(Link, "_ping", ">= _SILENCE_SECONDS", ">= 1e9"),
     "a message is acknowledged before it is applied": Break(
         Link, "_handle_message", "for change in message.changes:", "for change in []:"
     ),
