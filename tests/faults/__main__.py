@@ -1,0 +1,45 @@
+"""Try every fault and print what came of it: python -m tests.faults [NUMBER...]."""
+
+import sys
+import time
+
+from tests.faults.deployment import Servers
+from tests.faults.rows import ROWS
+from tests.faults.trial import Theatre
+from tests.support.background import Background
+
+HEADINGS = (
+    "fault",
+    "time to return",
+    "how",
+    "accepted after return",
+    "wrong answers to valid keys",
+    "defence off: accepted",
+    "verdict",
+)
+
+
+def main(numbers: list[str]) -> int:
+    """Try the rows with these *numbers*, or all; return the exit status."""
+    chosen = [row for row in ROWS if not numbers or str(row.number) in numbers]
+    print(" | ".join(HEADINGS), flush=True)
+    failed = 0
+    with Background() as background:
+        servers = Servers(background)
+        theatre = Theatre(servers, full=True)
+        try:
+            for row in chosen:
+                began = time.monotonic()
+                result = theatre.try_row(row)
+                failed += bool(result.faults)
+                seconds = time.monotonic() - began
+                print(" | ".join(result.cells()), f"({seconds:.0f} s)", flush=True)
+        finally:
+            theatre.close()
+            servers.close()
+    print(f"{len(chosen) - failed} of {len(chosen)} hold")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,271 @@
+"""Several servers on one database and one Redis, each behind ways of its own."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, Literal, NamedTuple
+
+from tests.support.api import Answer, call
+from tests.support.background import Background
+from tests.support.guards import create, new_guard, prepare
+from tests.support.postgres import PostgresServer
+from tests.support.redis import RedisServer
+from tests.support.rough_way import SMOOTH, Conduct, RoughWay
+from tests.support.servers import wait_until
+from tests.support.sql import execute
+from tests.support.uvicorn_process import UvicornProcess
+from tfm_guard.store import schema
+
+APP: Final = "tests.faults.worker_app:app"
+_SCOPES: Final = ("send", "api-keys:read", "api-keys:write")
+
+
+class Shape(NamedTuple):
+    """What a fault is tried on."""
+
+    workers: int = 3
+    database: Literal["postgresql", "sqlite"] = "postgresql"
+    redis: bool = True
+    # With room for one key only, two keys asked for in turn are read from Redis every time.
+    remembers: int = 100_000
+    # Seconds that the link alone counts for; none: as installed.
+    unfed: float | None = None
+
+
+class Key(NamedTuple):
+    """A key as its owner knows it."""
+
+    id: str
+    token: str
+    prefix: str
+
+
+class Deleted(NamedTuple):
+    """What came of deleting a key."""
+
+    began: float  # time.monotonic()
+    returned: float
+    status: int
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.returned - self.began
+
+
+class Servers:
+    """The servers of one run: PostgreSQL, Redis, and another Redis for those faults that need it."""
+
+    def __init__(self, background: Background) -> None:
+        self.background = background
+        self.ending = contextlib.ExitStack()
+        self.postgres = self.ending.enter_context(PostgresServer())
+        self.redis = self.ending.enter_context(RedisServer())
+        self._databases = 0
+
+    def new_database(self) -> str:
+        """Return the URL of a new, empty database."""
+        self._databases += 1
+        return self.postgres.create_database(f"faults_{self._databases}")
+
+    def close(self) -> None:
+        """Stop them."""
+        self.ending.close()
+
+
+class Worker(UvicornProcess):
+    """One process that serves the application under test."""
+
+    def __init__(self, env: Mapping[str, str], ways: dict[str, RoughWay]) -> None:
+        quiet = ("--no-access-log", "--log-level", "warning", "--timeout-keep-alive", "600")
+        super().__init__(APP, env=env, extra_args=quiet, ready_path="/control/state")
+        self.ways = ways
+
+    def call(
+        self, method: str, path: str, token: str | None = None, body: object = None
+    ) -> Answer:
+        """Send one request."""
+        return call(self.url, method, path, token=token, body=body)
+
+    def control(self, action: str, **options: object) -> Any:
+        """Have it misbehave, or tell its state."""
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        answer = self.call("POST", f"/control/{action}?{query.replace(' ', '%20')}")
+        assert answer.status == 200, answer
+        return answer.json
+
+    def state(self) -> Any:
+        """Return its counters, and more."""
+        return self.control("state")
+
+
+class Deployment:
+    """Workers of one *shape*, with keys of one account."""
+
+    def __init__(self, servers: Servers, shape: Shape) -> None:
+        self.servers = servers
+        self.shape = shape
+        self.background = servers.background
+        self._ending = contextlib.ExitStack()
+        self._folder = Path(self._ending.enter_context(TemporaryDirectory(prefix="tfm-guard-")))
+        # They start the workers, and must live as long as these: see PrivateServer.
+        self._threads = self._ending.enter_context(ThreadPoolExecutor(shape.workers))
+        self.url = (
+            servers.new_database()
+            if shape.database == "postgresql"
+            else f"sqlite:///{self._folder}/tfm_guard.db"
+        )
+        self.workers = [self._new_worker() for _ in range(shape.workers)]
+
+    @property
+    def redis(self) -> RedisServer:
+        """The Redis that it was set up with."""
+        return self.servers.redis
+
+    @property
+    def postgres(self) -> PostgresServer:
+        """Its PostgreSQL."""
+        return self.servers.postgres
+
+    def start(self) -> None:
+        """Make the database and its first key, and start all workers."""
+        self.admin = self.background.run(self._prepare())
+        list(self._threads.map(Worker.start, self.workers))
+        for worker in self.workers:
+            self._ending.callback(worker.close)
+
+    def close(self) -> None:
+        """End all of it."""
+        for worker in self.workers:
+            for way in worker.ways.values():
+                way.conduct = SMOOTH
+        for worker in self.workers:
+            worker.thaw()
+        list(self._threads.map(UvicornProcess.close, self.workers))
+        self._ending.close()
+        for worker in self.workers:
+            for way in worker.ways.values():
+                way.close()
+
+    def restart(self, worker: Worker) -> None:
+        """Start a worker that has died."""
+        self._threads.submit(worker.start).result()
+
+    def create_key(self, by: int = 0) -> Key:
+        """Create a key through a worker."""
+        body = {"name": "key under test"}
+        answer = self.workers[by].call("POST", "/v1/api-keys/", self.admin, body)
+        assert answer.status == 201, answer
+        return Key(answer.json["id"], answer.json["key"], answer.json["key_prefix"])
+
+    def delete(self, key: Key, by: int = 0) -> Deleted:
+        """Delete a key through a worker."""
+        path = f"/v1/api-keys/{key.id}"
+        # In the loop that sends the load, so that "started after" is exact.
+        return self.background.run(_delete(self.workers[by].port, path, self.admin))
+
+    def delete_until_confirmed(self, key: Key, by: int = 0) -> Deleted:
+        """Delete a key, again as long as the answer is 503, as clients do."""
+        while True:
+            deleted = self.delete(key, by)
+            if deleted.status != 503:
+                return deleted
+
+    def to_redis(self, conduct: Conduct, workers: Iterable[int] | None = None) -> None:
+        """Set how the ways to Redis treat what passes: all, or those of some *workers*."""
+        self._set("redis", conduct, workers)
+
+    def to_database(self, conduct: Conduct, workers: Iterable[int] | None = None) -> None:
+        """Set how the ways to the database treat what passes."""
+        self._set("database", conduct, workers)
+
+    def on_all(self, action: str, **options: object) -> list[Any]:
+        """Have all workers do something."""
+        return [worker.control(action, **options) for worker in self.workers]
+
+    def total(self, counter: str) -> int:
+        """Return the sum of one counter over all workers."""
+        return sum(worker.state()[counter] for worker in self.workers)
+
+    def mend(self) -> None:
+        """Undo what was done to servers, ways and workers."""
+        for worker in self.workers:
+            worker.thaw()
+            for name, way in worker.ways.items():
+                way.conduct = SMOOTH
+                way.target = (self.redis if name == "redis" else self.postgres).port
+        self.redis.start()
+        self.postgres.start()
+        for worker in self.workers:
+            if not worker.running:
+                self.restart(worker)
+        self.on_all("mend")
+
+    def is_well(self, token: str) -> bool:
+        """Tell whether every worker accepts *token*, is fresh, and uses Redis if there is one."""
+        for worker in self.workers:
+            state = worker.state()
+            if not state["fresh"] or state["redis_in_use"] != self.shape.redis:
+                return False
+            if worker.call("GET", "/whoami", token).status != 200:
+                return False
+        return True
+
+    async def _prepare(self) -> str:
+        await prepare(self.url, lease=2.0, poll=0.25)
+        if self.shape.unfed is not None:
+            row = schema.settings.c.name == "unfed_seconds"
+            execute(
+                self.url, schema.settings.update().where(row).values(value=str(self.shape.unfed))
+            )
+        async with new_guard(self.url) as guard:
+            return (await create(guard, scopes=_SCOPES)).token
+
+    def _new_worker(self) -> Worker:
+        ways = {"database": RoughWay(self.background, self.postgres.port)}
+        url = self.url
+        if self.shape.database == "postgresql":
+            url = url.replace(f":{self.postgres.port}/", f":{ways['database'].port}/")
+        env = {
+            "TFM_GUARD_DATABASE_URL": url,
+            "TFM_GUARD_LOCAL_CACHE_SIZE": str(self.shape.remembers),
+        }
+        if self.shape.redis:
+            ways["redis"] = RoughWay(self.background, self.redis.port)
+            env["TFM_GUARD_REDIS_URL"] = f"redis://127.0.0.1:{ways['redis'].port}/0"
+        return Worker(env, ways)
+
+    def _set(self, way: str, conduct: Conduct, workers: Iterable[int] | None) -> None:
+        for number in range(len(self.workers)) if workers is None else workers:
+            self.workers[number].ways[way].conduct = conduct
+
+
+async def _delete(port: int, path: str, token: str) -> Deleted:
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        f"DELETE {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+        f"authorization: Bearer {token}\r\n\r\n".encode()
+    )
+    try:
+        line = await reader.readline()
+    except ConnectionError:
+        line = b""
+    returned = time.monotonic()
+    writer.transport.abort()
+    return Deleted(began, returned, int(line.split()[1]) if line else 0)
+
+
+def until(condition: Callable[[], bool], what: str, seconds: float) -> bool:
+    """Tell whether *condition* came to hold within *seconds*."""
+    try:
+        wait_until(condition, what=what, seconds=seconds)
+    except TimeoutError:
+        return False
+    return True
+
+

@@ -1,0 +1,239 @@
+"""Deliberate breaks: each takes one rule out of the code of this process, and can put it back.
+
+A test of a rule proves something only if it fails without the rule. These are for such tests:
+``BREAKS[name]()`` applies a break and returns what undoes it.
+"""
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import sqlalchemy
+
+from tfm_guard import coalescer, confirmation, freshness, reader, records, shared_cache, verifier
+from tfm_guard.errors import InvalidToken, Unavailable
+from tfm_guard.local_cache import LocalCache
+from tfm_guard.store import database, store, transaction, upgrade
+
+Undo = Callable[[], None]
+_NOTHING: Final = object()
+
+
+def put(owner: Any, name: str, value: Any) -> Undo:
+    """Set an attribute of a class or a module; return what sets it back."""
+    former = vars(owner).get(name, _NOTHING)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if former is _NOTHING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, former)
+
+    return undo
+
+
+def both(*undos: Undo) -> Undo:
+    """Return what undoes several things."""
+
+    def undo() -> None:
+        for each in reversed(undos):
+            each()
+
+    return undo
+
+
+def no_wait() -> Undo:
+    """Revoking returns as soon as it is committed."""
+
+    async def wait(_self: Any, _change: Any) -> records.Revocation:
+        return records.Revocation(how="acknowledged", workers=0, seconds=0.0)
+
+    return put(confirmation.Confirmation, "wait", wait)
+
+
+def no_lease() -> Undo:
+    """Memory counts for ever, whatever has been heard."""
+    forever = property(
+        lambda _self: float("inf"),
+        lambda self, value: self.__dict__.__setitem__("fresh_until", value),
+    )
+    return put(freshness.Freshness, "fresh_until", forever)
+
+
+def no_floors() -> Undo:
+    """What is older than a known change is believed."""
+    return put(freshness.Freshness, "floor", lambda _self, _prefix: 0)
+
+
+def no_feed() -> Undo:
+    """The feed is read, and its changes are not applied."""
+
+    async def new_changes(_self: Any, _state: Any) -> list[Any]:
+        return []
+
+    return put(freshness.Freshness, "_new_changes", new_changes)
+
+
+def no_seal() -> Undo:
+    """What stands in Redis is believed whoever wrote it."""
+    return put(shared_cache, "compare_digest", lambda _one, _other: True)
+
+
+def no_breaker() -> Undo:
+    """A Redis that does not answer is asked again by every request."""
+    return put(shared_cache.Breaker, "failed", lambda _self, _error: None)
+
+
+def no_fallback() -> Undo:
+    """A read of Redis that fails, fails the request."""
+    former = shared_cache.SharedCache.get
+
+    async def get(self: Any, prefix: str, *, counts: Any) -> Any:
+        before = self._counters.shared_failures
+        entry = await former(self, prefix, counts=counts)
+        if self._counters.shared_failures > before:
+            raise Unavailable("Redis did not answer")
+        return entry
+
+    return put(shared_cache.SharedCache, "get", get)
+
+
+def no_flights() -> Undo:
+    """Every request reads for itself."""
+
+    async def find(self: Any, prefix: str) -> Any:
+        return await self._fly(prefix, reader.Flight(), None)
+
+    async def get(self: Any, key: str) -> Any:
+        return (await self._load([key])).get(key)
+
+    return both(put(reader.KeyReader, "find", find), put(coalescer.Coalescer, "get", get))
+
+
+def fills_regardless() -> Undo:
+    """What a read brings back is kept, though a change came meanwhile."""
+    return both(put(reader.KeyReader, "_still_stands", lambda *_: True), no_floors())
+
+
+def no_local() -> Undo:
+    """Memory keeps nothing."""
+    return put(LocalCache, "put", lambda *_, **__: None)
+
+
+def no_fill() -> Undo:
+    """Redis is read, and never written."""
+    return put(shared_cache.SharedCache, "put", lambda *_: None)
+
+
+def no_age() -> Undo:
+    """An entry of any age counts, also one from the future."""
+    return put(reader.KeyReader, "_counts", lambda *_: True)
+
+
+def wall_clock() -> Undo:
+    """A process takes its own wall time for the database's."""
+    return put(
+        freshness.Freshness, "database_time", lambda self: self._clock.now().timestamp()
+    )
+
+
+def unavailable_is_no() -> Undo:
+    """A key that cannot be checked is refused as if it were wrong."""
+    former = verifier.Verifier.look_up
+
+    async def look_up(self: Any, token: bytes) -> Any:
+        try:
+            return await former(self, token)
+        except Unavailable as error:
+            raise InvalidToken(error.reason) from None
+
+    return put(verifier.Verifier, "look_up", look_up)
+
+
+def no_deadline() -> Undo:
+    """A request waits for the database for as long as it takes."""
+    return both(
+        put(database, "READ_SECONDS", 3600.0), put(verifier, "DEADLINE_SECONDS", 3600.0)
+    )
+
+
+def no_retry() -> Undo:
+    """A transaction that another one was in the way of fails at once."""
+    return put(database, "_ATTEMPTS", 1)
+
+
+def no_account_lock() -> Undo:
+    """Two changes of one account's keys may run at the same time."""
+
+    async def lock_account(self: Any, account_id: str) -> Any:
+        return transaction.Account(account_id, "free")
+
+    return put(transaction.Transaction, "lock_account", lock_account)
+
+
+def no_schema_lock() -> Undo:
+    """Each process makes the tables without asking whether another one is at it."""
+    return put(upgrade, "_LOCK", os.getpid())
+
+
+def deferred_begin() -> Undo:
+    """A transaction on SQLite takes the write lock only when it comes to write."""
+    former = sqlalchemy.Connection.exec_driver_sql
+
+    def execute(self: Any, statement: str, *args: Any, **options: Any) -> Any:
+        return former(self, statement.replace("BEGIN IMMEDIATE", "BEGIN"), *args, **options)
+
+    return put(sqlalchemy.Connection, "exec_driver_sql", execute)
+
+
+def no_joining() -> Undo:
+    """Revoking a key again says that there is none, confirmed or not."""
+    former = transaction.Transaction.find_key
+
+    async def find_key(self: Any, account_id: str, key_id: Any) -> Any:
+        row = await former(self, account_id, key_id)
+        return row if row is None or row.revoked_at is None else None
+
+    return put(transaction.Transaction, "find_key", find_key)
+
+
+def ack_regardless() -> Undo:
+    """Revoking returns normally when the database refuses it."""
+    former = store.Store.transact
+
+    async def transact(self: Any, work: Callable[[Any], Awaitable[Any]]) -> Any:
+        try:
+            return await former(self, work)
+        except Unavailable:
+            return records.Change(0, "revoked", "00000000", 0), []
+
+    return put(store.Store, "transact", transact)
+
+
+BREAKS: Final[dict[str, Callable[[], Undo]]] = {
+    each.__name__: each
+    for each in (
+        no_wait,
+        no_lease,
+        no_floors,
+        no_feed,
+        no_seal,
+        no_breaker,
+        no_fallback,
+        no_flights,
+        fills_regardless,
+        no_local,
+        no_fill,
+        no_age,
+        wall_clock,
+        unavailable_is_no,
+        no_deadline,
+        no_retry,
+        no_account_lock,
+        no_schema_lock,
+        deferred_begin,
+        no_joining,
+        ack_regardless,
+    )
+}
