@@ -152,8 +152,29 @@ class Deployment:
                 way.close()
 
     def restart(self, worker: Worker) -> None:
-        """Start a worker that has died."""
+        """Start a worker that has died, or has been stopped, with the breaks that it had."""
         self._threads.submit(worker.start).result()
+
+    def break_all(self, name: str) -> None:
+        """Take a defence out of all workers, until they are mended."""
+        self.on_all("break", name=name)
+        for worker in self.workers:
+            worker.env["TFM_GUARD_TEST_BREAKS"] = name
+
+    def redis_name(self, key: Key) -> str:
+        """Return where the shared cache keeps a key."""
+        (row,) = execute(
+            self.url,
+            schema.settings.select().where(schema.settings.c.name == "installation_id"),
+        )
+        return f"tfm:{row.value}:v1:key:{key.prefix}"
+
+    def is_revoked(self, key: Key) -> bool:
+        """Tell whether the key's row in the database says so."""
+        (row,) = execute(
+            self.url, schema.keys.select().where(schema.keys.c.prefix == key.prefix)
+        )
+        return row.revoked_at is not None
 
     def create_key(self, by: int = 0) -> Key:
         """Create a key through a worker."""
@@ -193,8 +214,10 @@ class Deployment:
 
     def mend(self) -> None:
         """Undo what was done to servers, ways and workers."""
+        (self.redis.folder / "dump.rdb").unlink(missing_ok=True)
         for worker in self.workers:
             worker.thaw()
+            worker.env.pop("TFM_GUARD_TEST_BREAKS", None)
             for name, way in worker.ways.items():
                 way.conduct = SMOOTH
                 way.target = (self.redis if name == "redis" else self.postgres).port

@@ -11,9 +11,9 @@ from tests.support.background import Background
 
 # Per server and second. A fault counts as tried only from 200 on.
 ASKED_PER_SECOND: Final = 250.0
-# Every so many requests with the key that is to be revoked there is one with the other key.
-_VALID_EVERY: Final = 4
-_MOST_LINES: Final = 192  # connections to one server
+# Every so many requests with the key that is to be revoked there is one with another key.
+_VALID_EVERY: Final = 3
+_MOST_LINES: Final = 500  # connections to one server
 _LATEST_SECONDS: Final = 0.25  # what is more overdue than this is left out
 
 REVOKED: Final = "revoked"
@@ -31,16 +31,19 @@ class Answer(NamedTuple):
 
 
 class Load:
-    """Asks each server on *ports* with both keys until it is stopped."""
+    """Asks each server on *ports* until it is stopped: with a key to revoke, and two *valid* ones.
+
+    Of two, so that where memory has room for one key only, they drive each other out.
+    """
 
     def __init__(
-        self, background: Background, ports: list[int], *, revoked: str, valid: str
+        self, background: Background, ports: list[int], *, revoked: str, valid: tuple[str, str]
     ) -> None:
         self.answers: list[Answer] = []
         self._background = background
+        requests = _request(revoked), [_request(token) for token in valid]
         self._sources = [
-            _Source(number, port, {REVOKED: _request(revoked), VALID: _request(valid)}, self.answers)
-            for number, port in enumerate(ports)
+            _Source(number, port, *requests, self.answers) for number, port in enumerate(ports)
         ]
         self._tasks = background.call(
             lambda: [background.loop.create_task(source.run()) for source in self._sources]
@@ -70,7 +73,7 @@ class Load:
 
 class _Source:
     def __init__(
-        self, server: int, port: int, requests: dict[str, bytes], answers: list[Answer]
+        self, server: int, port: int, revoked: bytes, valid: list[bytes], answers: list[Answer]
     ) -> None:
         self.sent: dict[str, list[float]] = {REVOKED: [], VALID: []}
         self.counts: Counter[tuple[str, int]] = Counter()
@@ -78,16 +81,17 @@ class _Source:
         self.lines: set[_Line] = set()
         self._server = server
         self._port = port
-        self._requests = requests
+        self._revoked = revoked
+        self._valid = valid
         self._answers = answers
         self._connecting: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         due, number = time.monotonic(), 0
         while True:
-            self._ask(REVOKED)
+            self._ask(REVOKED, self._revoked)
             if number % _VALID_EVERY == 0:
-                self._ask(VALID)
+                self._ask(VALID, self._valid[number // _VALID_EVERY % len(self._valid)])
             number += 1
             due = max(due + 1 / ASKED_PER_SECOND, time.monotonic() - _LATEST_SECONDS)
             await asyncio.sleep(max(due - time.monotonic(), 0))
@@ -100,26 +104,26 @@ class _Source:
         self.counts[key, status] += 1
         self._answers.append(Answer(self._server, key, started, time.monotonic(), status))
 
-    def _ask(self, key: str) -> None:
+    def _ask(self, key: str, request: bytes) -> None:
         if not self.idle and len(self.lines) + len(self._connecting) >= _MOST_LINES:
             return
         started = time.monotonic()
         self.sent[key].append(started)
         if self.idle:
-            self.idle.pop().send(key, started, self._requests[key])
+            self.idle.pop().send(key, started, request)
         else:
-            task = asyncio.get_running_loop().create_task(self._connect(key, started))
+            task = asyncio.get_running_loop().create_task(self._connect(key, started, request))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
 
-    async def _connect(self, key: str, started: float) -> None:
+    async def _connect(self, key: str, started: float, request: bytes) -> None:
         try:
             loop = asyncio.get_running_loop()
             _, line = await loop.create_connection(lambda: _Line(self), "127.0.0.1", self._port)
         except OSError:
             self.ended(key, started, 0)
         else:
-            line.send(key, started, self._requests[key])
+            line.send(key, started, request)
 
 
 class _Line(asyncio.Protocol):

@@ -31,7 +31,8 @@ class Stage:
     how: str = ""
     notes: list[str] = field(default_factory=list)
     load: Load | None = None
-    deleted: Deleted | None = None
+    # The key is not accepted in requests that start after this; none: nobody promised that yet.
+    since: float | None = None
 
     def expect(self, held: bool, promise: str) -> None:  # noqa: FBT001  # as an assertion reads
         """Note whether a promise was kept."""
@@ -43,9 +44,13 @@ class Stage:
         deployment = self.deployment
         self.key: Key = deployment.create_key()
         self.valid: Key = deployment.create_key()
+        self.cold: Key = deployment.create_key()  # not asked for by the load
         ports = [worker.port for worker in deployment.workers]
         self.load = Load(
-            deployment.background, ports, revoked=self.key.token, valid=self.valid.token
+            deployment.background,
+            ports,
+            revoked=self.key.token,
+            valid=(self.valid.token, deployment.create_key().token),
         )
         load = self.load
         warm = until(
@@ -61,10 +66,11 @@ class Stage:
 
     def revoke(self, by: int = 0) -> Deleted:
         """Delete the key through one worker, and note how that went."""
-        self.deleted = deleted = self.deployment.delete(self.key, by)
+        deleted = self.deployment.delete(self.key, by)
         self.took = deleted.seconds
         self.how = str(deleted.status)
         if deleted.status == 204:
+            self.since = min(self.since or deleted.returned, deleted.returned)
             self.how = self.deployment.workers[by].state()["how"] or "204"
         return deleted
 
@@ -73,23 +79,29 @@ class Stage:
         end = time.monotonic() + seconds
         until(lambda: time.monotonic() >= end, "time to pass", seconds + 1)
 
+    def churn(self, seconds: float) -> None:
+        """Let the load go on for so long, while now and then somebody creates a key.
+
+        That makes all processes forget what they know of keys that there are not.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.deployment.create_key()
+            self.watch(0.3)
+
     def end(self, *, excused: tuple[int, ...] = (), unavailable: bool = False) -> None:
         """Stop the load and count: *excused* workers could not answer; 503 may be promised."""
         assert self.load is not None
         stopped = time.monotonic()
         self.load.stop()
         for worker in range(len(self.deployment.workers)):
-            if self.deleted is not None and self.deleted.status == 204 and worker not in excused:
-                self._check_asked(worker, stopped)
+            if self.since is not None and worker not in excused:
+                self._check_asked(worker, self.since, stopped)
             self._check_valid(worker, strictly=not unavailable and worker not in excused)
-        if self.deleted is not None and self.deleted.status == 204:
-            returned = self.deleted.returned
-            self.accepted = sum(
-                1
-                for answer in self.load.answers
-                if answer.key == REVOKED and answer.status == 200 and answer.started > returned
-            )
-        self.expect(self.accepted == 0, f"{self.accepted} accepted after return")
+        if self.since is not None:
+            answers = self.answers(REVOKED, since=self.since)
+            self.accepted = sum(answer.status == 200 for answer in answers)
+            self.expect(self.accepted == 0, f"{self.accepted} accepted after return")
 
     def answers(
         self, key: str, *, since: float = 0.0, workers: tuple[int, ...] | None = None
@@ -116,11 +128,9 @@ class Stage:
         took = [each.ended - each.started for each in self.answers(key, since=since, workers=workers)]
         return sorted(took)[math.ceil(quantile * len(took)) - 1] if took else math.inf
 
-    def _check_asked(self, worker: int, stopped: float) -> None:
+    def _check_asked(self, worker: int, since: float, stopped: float) -> None:
         assert self.load is not None
-        assert self.deleted is not None
-        returned = self.deleted.returned
-        rate = self.load.started_since(returned, worker, REVOKED) / (stopped - returned)
+        rate = self.load.started_since(since, worker, REVOKED) / (stopped - since)
         if rate < _ASKED_PER_SECOND:
             self.untried.append(f"worker {worker} was asked {rate:.0f} times a second afterwards")
 
@@ -170,7 +180,7 @@ class Result:
     def cells(self) -> tuple[str, ...]:
         """Return the row of the table that is printed."""
         took = "" if self.on.took is None else f"{self.on.took:.3f} s"
-        accepted = str(self.on.accepted) if self.on.deleted or self.on.took is not None else "0"
+        accepted = str(self.on.accepted)
         off = str(self.off.accepted) if self.off.accepted else "; ".join(self.off.missed[:1])
         verdict = "; ".join(self.faults) or "ok"
         how = "; ".join([*([self.on.how] if self.on.how else []), *self.on.notes])
@@ -204,7 +214,7 @@ class Theatre:
         recovered = False
         try:
             if off is not None:
-                deployment.on_all("break", name=off)
+                deployment.break_all(off)
             row.trial(stage)
         except Exception as error:  # noqa: BLE001  # one row must not end the others
             stage.untried.append(f"{type(error).__name__}: {error}")

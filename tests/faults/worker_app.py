@@ -47,7 +47,7 @@ async def _send(send: Send, status: int, body: bytes) -> None:
 logging.getLogger("tfm_guard").addHandler(logging.StreamHandler())
 _clock = ShiftedClock()
 _guard = Guard(
-    Settings.load(os.environ, **CHEAP_HASHING, plans={"free": 100_000}), clock=_clock
+    Settings.load(os.environ, **CHEAP_HASHING, plans={"free": 100_000, "few": 5}), clock=_clock
 )
 _protected = APIKeyMiddleware(_answer, guard=_guard)
 _management = _guard.management_app()
@@ -66,6 +66,9 @@ async def _noted_revoke(*args: Any, **options: Any) -> Revocation:
 
 
 put(KeyManager, "revoke", _noted_revoke)
+_undos.extend(
+    BREAKS[name]() for name in os.environ.get("TFM_GUARD_TEST_BREAKS", "").split(",") if name
+)
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:

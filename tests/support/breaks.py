@@ -4,16 +4,21 @@ A test of a rule proves something only if it fails without the rule. These are f
 ``BREAKS[name]()`` applies a break and returns what undoes it.
 """
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from hmac import compare_digest
 from typing import Any, Final
 
+import msgspec
 import sqlalchemy
+from sqlalchemy import insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard import coalescer, confirmation, freshness, reader, records, shared_cache, verifier
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.local_cache import LocalCache
-from tfm_guard.store import database, store, transaction, upgrade
+from tfm_guard.store import database, schema, store, transaction, upgrade
 
 Undo = Callable[[], None]
 _NOTHING: Final = object()
@@ -111,9 +116,13 @@ def no_flights() -> Undo:
     return both(put(reader.KeyReader, "find", find), put(coalescer.Coalescer, "get", get))
 
 
-def fills_regardless() -> Undo:
-    """What a read brings back is kept, though a change came meanwhile."""
-    return both(put(reader.KeyReader, "_still_stands", lambda *_: True), no_floors())
+def no_detaching() -> Undo:
+    """A read under way is joined, and what it brings back is kept, though a change came since."""
+    return both(
+        put(reader.KeyReader, "_still_stands", lambda *_: True),
+        put(reader.KeyReader, "detach", lambda *_: None),
+        no_floors(),
+    )
 
 
 def no_local() -> Undo:
@@ -198,6 +207,80 @@ def no_joining() -> Undo:
     return put(transaction.Transaction, "find_key", find_key)
 
 
+def no_role_check() -> Undo:
+    """Any Redis will do, a replica too."""
+
+    async def probe(self: Any) -> None:
+        await self._redis.ping()
+
+    return put(shared_cache.SharedCache, "_probe", probe)
+
+
+def any_format() -> Undo:
+    """What is sealed is taken to be of this release's form."""
+
+    def unseal(self: Any, prefix: str, value: bytes) -> Any:
+        body, seal = value[:-16], value[-16:]
+        if not compare_digest(seal, self._mac(prefix, body)):
+            return None
+        return msgspec.msgpack.decode(body[17:], type=records.CacheEntry)
+
+    return put(shared_cache.SharedCache, "_unseal", unseal)
+
+
+def other_format() -> Undo:
+    """Entries are written as another release might write them."""
+
+    def seal(self: Any, prefix: str, entry: records.CacheEntry) -> bytes:
+        value = b"2" + b"%016x" % entry.version + msgspec.msgpack.encode({"another": "form"})
+        mac: bytes = self._mac(prefix, value)
+        return value + mac
+
+    return put(shared_cache.SharedCache, "_seal", seal)
+
+
+def commits_early() -> Undo:
+    """A revocation is committed before its row in the feed is written."""
+    former = transaction.Transaction.revoke_key
+
+    async def revoke_key(self: Any, *args: Any) -> None:
+        await former(self, *args)
+        await self._connection.commit()
+        await self._connection.begin()
+
+    return put(transaction.Transaction, "revoke_key", revoke_key)
+
+
+def numbers_early() -> Undo:
+    """A change gets its number in a transaction of its own."""
+
+    async def append_changes(self: Any) -> None:
+        feed, changes = schema.feed, schema.changes
+        for kind, prefix, version in self._pending:
+            async with self._connection.engine.begin() as own:
+                statement = update(feed).values(head=feed.c.head + 1).returning(feed.c.head)
+                head = (await own.execute(statement)).scalar_one()
+            await self._connection.execute(
+                insert(changes).values(
+                    id=head, kind=kind, prefix=prefix, version=version, created_at=self.now
+                )
+            )
+            self.changes.append(records.Change(head, kind, prefix, version))
+
+    return put(transaction.Transaction, "append_changes", append_changes)
+
+
+def no_return() -> Undo:
+    """A connection whose user was cancelled is not given back."""
+    former = AsyncConnection.__aexit__
+
+    async def leave(self: Any, kind: Any, error: Any, traceback: Any) -> None:
+        if kind is not asyncio.CancelledError:
+            await former(self, kind, error, traceback)
+
+    return put(AsyncConnection, "__aexit__", leave)
+
+
 def ack_regardless() -> Undo:
     """Revoking returns normally when the database refuses it."""
     former = store.Store.transact
@@ -222,7 +305,7 @@ BREAKS: Final[dict[str, Callable[[], Undo]]] = {
         no_breaker,
         no_fallback,
         no_flights,
-        fills_regardless,
+        no_detaching,
         no_local,
         no_fill,
         no_age,
@@ -234,6 +317,12 @@ BREAKS: Final[dict[str, Callable[[], Undo]]] = {
         no_schema_lock,
         deferred_begin,
         no_joining,
+        no_role_check,
+        any_format,
+        other_format,
+        commits_early,
+        numbers_early,
+        no_return,
         ack_regardless,
     )
 }
