@@ -44,12 +44,13 @@ class Key(NamedTuple):
     prefix: str
 
 
-class Deleted(NamedTuple):
-    """What came of deleting a key."""
+class Told(NamedTuple):
+    """What came of one request."""
 
     began: float  # time.monotonic()
     returned: float
-    status: int
+    status: int  # 0: no answer
+    head: str
 
     @property
     def seconds(self) -> float:
@@ -183,18 +184,17 @@ class Deployment:
         assert answer.status == 201, answer
         return Key(answer.json["id"], answer.json["key"], answer.json["key_prefix"])
 
-    def delete(self, key: Key, by: int = 0) -> Deleted:
+    def delete(self, key: Key, by: int = 0) -> Told:
         """Delete a key through a worker."""
         path = f"/v1/api-keys/{key.id}"
         # In the loop that sends the load, so that "started after" is exact.
-        return self.background.run(_delete(self.workers[by].port, path, self.admin))
+        port = self.workers[by].port
+        return self.background.run(_send(port, "DELETE", path, self.admin, 30.0))
 
-    def delete_until_confirmed(self, key: Key, by: int = 0) -> Deleted:
-        """Delete a key, again as long as the answer is 503, as clients do."""
-        while True:
-            deleted = self.delete(key, by)
-            if deleted.status != 503:
-                return deleted
+    def ask(self, worker: int, token: str, patience: float = 3.0) -> Told:
+        """Send one request with *token*, and wait no longer than *patience* for its answer."""
+        port = self.workers[worker].port
+        return self.background.run(_send(port, "GET", "/whoami", token, patience))
 
     def to_redis(self, conduct: Conduct, workers: Iterable[int] | None = None) -> None:
         """Set how the ways to Redis treat what passes: all, or those of some *workers*."""
@@ -267,20 +267,23 @@ class Deployment:
             self.workers[number].ways[way].conduct = conduct
 
 
-async def _delete(port: int, path: str, token: str) -> Deleted:
-    began = time.monotonic()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(
-        f"DELETE {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
-        f"authorization: Bearer {token}\r\n\r\n".encode()
-    )
+async def _send(port: int, method: str, path: str, token: str, patience: float) -> Told:
+    began, status, head = time.monotonic(), 0, ""
     try:
-        line = await reader.readline()
-    except ConnectionError:
-        line = b""
-    returned = time.monotonic()
-    writer.transport.abort()
-    return Deleted(began, returned, int(line.split()[1]) if line else 0)
+        async with asyncio.timeout(patience):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(
+                f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+                f"authorization: Bearer {token}\r\n\r\n".encode()
+            )
+            try:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+                status = int(head.split()[1])
+            finally:
+                writer.transport.abort()
+    except (OSError, EOFError, TimeoutError):
+        pass
+    return Told(began, time.monotonic(), status, head)
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float) -> bool:

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import resource
 import sqlite3
-import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,14 +15,15 @@ from typing import Any
 import psycopg
 from sqlalchemy import func, select
 
-from tests.faults.deployment import Deployment, Servers, Shape, Worker, until
+from tests.faults.deployment import APP, Deployment, Servers, Shape, until
 from tests.faults.load import REVOKED
 from tests.faults.rows_redis import check_revoked
 from tests.faults.trial import Row, Stage
-from tests.support.api import Answer
+from tests.support.breaks import BREAKS
 from tests.support.guards import create, new_guard, prepare, store_of
 from tests.support.postgres import PostgresServer
 from tests.support.rough_way import STALLED
+from tests.support.servers import ROOT
 from tests.support.sql import execute
 from tests.support.uvicorn_process import UvicornProcess
 from tfm_guard import Guard
@@ -34,28 +36,26 @@ _NO_REDIS = Shape(redis=False)
 _LEASE_SECONDS = 2.0
 
 
-def _ask_cold(stage: Stage, worker: Worker) -> tuple[Answer, float]:
-    """Ask with a key that no process knows; return the answer, and how long it took."""
-    began = time.monotonic()
-    answer = worker.call("GET", "/whoami", stage.cold.token)
-    return answer, time.monotonic() - began
+def _check_unavailable(stage: Stage, worker: int) -> None:
+    """Ask with a key that no process knows: nobody can say, and soon."""
+    told = stage.deployment.ask(worker, stage.cold.token)
+    seconds = told.returned - told.began
+    stage.expect(told.status == 503, f"a key that is not known got {told.status or 'no answer'}")
+    stage.expect("retry-after: " in told.head, "no Retry-After")
+    stage.expect(seconds <= 1.2, f"it took {seconds:.2f} s")
+    stage.notes.append(f"{told.status} after {seconds:.2f} s")
 
 
 def _killed_and_cold(stage: Stage) -> None:
     stage.begin()
     stage.deployment.postgres.kill()
-    for worker in stage.deployment.workers:
-        answer, seconds = _ask_cold(stage, worker)
-        stage.how = str(answer.status)
-        stage.took = seconds
-        stage.expect(answer.status == 503, f"a key that is not known got {answer.status}")
-        stage.expect(answer.headers["Retry-After"] is not None, "no Retry-After")
-        stage.expect(seconds <= 1.2, f"it took {seconds:.2f} s")
+    for worker in range(len(stage.deployment.workers)):
+        _check_unavailable(stage, worker)
     stage.deployment.postgres.start()
-    stage.expect(
-        until(lambda: _ask_cold(stage, stage.deployment.workers[0])[0].status == 200, "200", 5.0),
-        "not accepted 5 s after",
+    accepted = until(
+        lambda: stage.deployment.ask(0, stage.cold.token).status == 200, "a 200", 5.0
     )
+    stage.expect(accepted, "not accepted 5 s after")
     check_revoked(stage)
     stage.watch(1.0)
     stage.end(unavailable=True)
@@ -65,10 +65,7 @@ def _frozen(stage: Stage) -> None:
     deployment = stage.deployment
     stage.begin()
     deployment.postgres.freeze()
-    answer, seconds = _ask_cold(stage, deployment.workers[1])
-    stage.expect(answer.status == 503, f"a key that is not known got {answer.status}")
-    stage.expect(seconds <= 1.2, f"it took {seconds:.2f} s")
-    stage.notes.append(f"503 after {seconds:.2f} s")
+    _check_unavailable(stage, 1)
     stage.watch(3.0)
     deployment.postgres.thaw()
 
@@ -232,26 +229,25 @@ async def _first_of(url: str, account: str, count: int) -> str:
 
 
 def _first_start(stage: Stage) -> None:
-    deployment = stage.deployment
-    times = []
-    for _ in range(20 if stage.full else 2):
-        url = deployment.servers.new_database()
-        env = {
-            "TFM_GUARD_DATABASE_URL": url,
-            "TFM_GUARD_TEST_BREAKS": deployment.workers[0].env.get("TFM_GUARD_TEST_BREAKS", ""),
-        }
-        began = time.monotonic()
-        with UvicornProcess(
-            "tests.faults.worker_app:app", env=env, workers=8, ready_path="/control/state"
-        ) as server:
-            times.append(time.monotonic() - began)
-            failed = "cannot be opened" in server.output
-            stage.expect(not failed, "a worker could not open")
-        (row,) = execute(url, f"SELECT count(*) AS count FROM {schema.settings.name}")  # noqa: S608
-        stage.expect(row.count == 5, f"{row.count} settings where 5 belong")
-        if stage.missed:
-            break
-    stage.notes.append(f"{len(times)} starts, {statistics.median(times):.1f} s each")
+    servers, off = stage.deployment.servers, stage.off
+    urls = [servers.new_database() for _ in range(20)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.first_start", off, *urls],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    stage.notes.append(f"{len(urls)} first starts")
+    lines = done.stderr.splitlines()
+    stage.expect(done.returncode == 0, f"not all started: {lines[-1] if lines else ''}")
+    for url in urls:
+        feeds = execute(url, select(schema.feed)) if done.returncode == 0 else [None]
+        stage.expect(len(feeds) == 1, f"{len(feeds)} feeds where one belongs")
+    if stage.full and not off:
+        env = {"TFM_GUARD_DATABASE_URL": servers.new_database()}
+        with UvicornProcess(APP, env=env, workers=8, ready_path="/control/state") as server:
+            stage.expect("cannot be opened" not in server.output, "a worker did not start")
 
 
 def _disk_full(stage: Stage) -> None:
@@ -278,7 +274,7 @@ def _late_commit(stage: Stage) -> None:
     stage.begin()
     other = deployment.create_key(by=1)
     head = _highest(deployment)
-    deployment.workers[0].control("failpoint", point="before COMMIT", action="hold")
+    deployment.workers[0].control("failpoint", point="before COMMIT", does="hold")
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(deployment.delete, stage.key, 0)
         until(lambda: bool(deployment.workers[0].state()["reached"]), "the point", 5.0)
@@ -307,8 +303,8 @@ def _promoted(stage: Stage) -> None:
         deployment = Deployment(own, Shape(workers=2))
         ending.callback(deployment.close)
         deployment.start()
-        if "TFM_GUARD_TEST_BREAKS" in stage.deployment.workers[0].env:
-            deployment.break_all(stage.deployment.workers[0].env["TFM_GUARD_TEST_BREAKS"])
+        if stage.off:
+            deployment.break_all(stage.off)
         standby = ending.enter_context(_standby_of(own.postgres))
         stage.deployment = deployment
         stage.begin()
@@ -364,9 +360,8 @@ def _standby_of(primary: PostgresServer) -> Iterator[_Standby]:
 
 def _cancelled(stage: Stage) -> None:
     """Cancel revoking after each of its steps in turn, in a process of our own."""
-    off = stage.deployment.workers[0].env.get("TFM_GUARD_TEST_BREAKS")
     url = stage.deployment.servers.new_database()
-    done = asyncio.run(_cancel_at_each_step(url, off, every=1 if stage.full else 5))
+    done = asyncio.run(_cancel_at_each_step(url, stage.off, every=1 if stage.full else 5))
     cancelled, leaked, wrong = done
     stage.notes.append(f"cancelled at {cancelled} points")
     stage.expect(leaked == 0, f"{leaked} connections were not given back")
@@ -375,9 +370,7 @@ def _cancelled(stage: Stage) -> None:
         stage.untried.append(f"cancelled only {cancelled} times")
 
 
-async def _cancel_at_each_step(url: str, off: str | None, *, every: int) -> tuple[int, int, int]:
-    from tests.support.breaks import BREAKS  # noqa: PLC0415
-
+async def _cancel_at_each_step(url: str, off: str, *, every: int) -> tuple[int, int, int]:
     await prepare(url, lease=2.0, poll=0.05)
     cancelled = leaked = wrong = 0
     async with new_guard(url) as guard:
@@ -470,7 +463,7 @@ ROWS = [
         name="20 creations and revocations at once on SQLite",
         promise="none fails",
         trial=_many_at_once,
-        off="deferred_begin",
+        off="no_busy_wait",
         shape=_SQLITE,
     ),
     Row(

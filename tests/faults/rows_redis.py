@@ -93,7 +93,7 @@ def _restarted_empty(stage: Stage) -> None:
 
 def _flushed_all_the_time(stage: Stage) -> None:
     stage.begin()
-    with _repeatedly(lambda client: client.flushall(), stage.deployment.redis, every=0.1):
+    with repeatedly(lambda client: client.flushall(), stage.deployment.redis, every=0.1):
         check_revoked(stage)
         reads = _reads_per_second(stage, 2.0)
     stage.notes.append(f"{reads:.0f} database reads/s per process")
@@ -102,7 +102,7 @@ def _flushed_all_the_time(stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def _repeatedly(
+def repeatedly(
     work: Callable[[Any], object], server: RedisServer, *, every: float
 ) -> Iterator[None]:
     """Do *work* with a client of *server* all the while."""
@@ -122,7 +122,7 @@ def _repeatedly(
         thread.join()
 
 
-def _entry(stage: Stage) -> bytes:
+def entry_of(stage: Stage) -> bytes:
     """Return what stands in Redis for the key while it is active."""
     name = stage.deployment.redis_name(stage.key)
     with stage.deployment.redis.client() as client:
@@ -134,7 +134,7 @@ def _entry(stage: Stage) -> bytes:
 
 def _restored(stage: Stage) -> None:
     stage.begin()
-    _entry(stage)
+    entry_of(stage)
     redis = stage.deployment.redis
     with redis.client() as client:
         client.save()
@@ -157,7 +157,7 @@ def _failed_over(stage: Stage) -> None:
         with replica.client() as client:
             client.replicaof("127.0.0.1", way.port)
             stage.begin()
-            _entry(stage)
+            entry_of(stage)
             name = deployment.redis_name(stage.key)
             if not until(lambda: bool(client.exists(name)), "the replica has it", 5.0):
                 stage.untried.append("the entry was not replicated")
@@ -228,7 +228,7 @@ def _torn(conduct: Conduct) -> Callable[[Stage], None]:
 
 def _evicted(stage: Stage) -> None:
     stage.begin()
-    old, name = _entry(stage), stage.deployment.redis_name(stage.key)
+    old, name = entry_of(stage), stage.deployment.redis_name(stage.key)
     check_revoked(stage)
     stage.watch(0.3)
     with stage.deployment.redis.client() as client:
@@ -251,7 +251,7 @@ def _evicted(stage: Stage) -> None:
 
 def _full(stage: Stage) -> None:
     stage.begin()
-    _entry(stage)
+    entry_of(stage)
     with stage.deployment.redis.client() as client:
         client.config_set("maxmemory", "1mb")
         client.config_set("maxmemory-policy", "noeviction")
@@ -273,7 +273,7 @@ def _forged(old: bytes) -> bytes:
 
 def _garbage(stage: Stage) -> None:
     stage.begin()
-    deployment, old = stage.deployment, _entry(stage)
+    deployment, old = stage.deployment, entry_of(stage)
     names = [deployment.redis_name(stage.key), deployment.redis_name(stage.valid)]
     before = deployment.workers[1].state()
     check_revoked(stage)
@@ -290,9 +290,9 @@ def _garbage(stage: Stage) -> None:
     def forge(client: Any) -> None:
         client.set(names[0], _forged(old))
 
-    with _repeatedly(spoil, deployment.redis, every=0.01):
+    with repeatedly(spoil, deployment.redis, every=0.01):
         stage.churn(1.5)
-    with _repeatedly(forge, deployment.redis, every=0.002):
+    with repeatedly(forge, deployment.redis, every=0.002):
         stage.churn(1.5)
     after = deployment.workers[1].state()
     rejected = after["shared_rejected"] - before["shared_rejected"]
@@ -305,7 +305,7 @@ def _garbage(stage: Stage) -> None:
 
 def _forged_and_swapped(stage: Stage) -> None:
     stage.begin()
-    deployment, old = stage.deployment, _entry(stage)
+    deployment, old = stage.deployment, entry_of(stage)
     revoked, valid = deployment.redis_name(stage.key), deployment.redis_name(stage.valid)
     check_revoked(stage)
 
@@ -313,23 +313,23 @@ def _forged_and_swapped(stage: Stage) -> None:
         client.set(revoked, _forged(old))
         client.set(valid, old)
 
-    with _repeatedly(forge, deployment.redis, every=0.002):
+    with repeatedly(forge, deployment.redis, every=0.002):
         stage.churn(2.5)
     stage.end()
 
 
 def _replayed(stage: Stage) -> None:
     stage.begin()
-    old, name = _entry(stage), stage.deployment.redis_name(stage.key)
+    old, name = entry_of(stage), stage.deployment.redis_name(stage.key)
     check_revoked(stage)
-    with _repeatedly(lambda client: client.set(name, old), stage.deployment.redis, every=0.001):
+    with repeatedly(lambda client: client.set(name, old), stage.deployment.redis, every=0.001):
         stage.churn(3.0)
     stage.end()
 
 
 def _thawed(stage: Stage) -> None:
     stage.begin()
-    _entry(stage)
+    entry_of(stage)
     stage.deployment.redis.freeze()
     stage.watch(0.5)
     check_revoked(stage)
@@ -380,7 +380,7 @@ def _two_releases(stage: Stage) -> None:
     stage.begin()
     check_revoked(stage)
     # So that each of the releases writes some of the entries anew.
-    with _repeatedly(lambda client: client.flushall(), stage.deployment.redis, every=0.1):
+    with repeatedly(lambda client: client.flushall(), stage.deployment.redis, every=0.1):
         stage.churn(2.5)
     bad = sum(answer.status != 200 for answer in stage.answers(VALID))
     stage.expect(bad == 0, f"{bad} errors")

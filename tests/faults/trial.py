@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from tests.faults.deployment import Deleted, Deployment, Key, Servers, Shape, until
+from tests.faults.deployment import Deployment, Key, Servers, Shape, Told, until
 from tests.faults.load import REVOKED, VALID, Answer, Load
 
 # Less than this, and a fault was not tried.
@@ -23,6 +23,7 @@ class Stage:
 
     deployment: Deployment
     full: bool  # in all its length, or as short as still shows it
+    off: str = ""  # the defence that is switched off
     missed: list[str] = field(default_factory=list)  # promises
     untried: list[str] = field(default_factory=list)  # why it cannot count
     accepted: int = 0
@@ -64,7 +65,7 @@ class Stage:
         if not warm:
             self.untried.append("not accepted often enough before")
 
-    def revoke(self, by: int = 0) -> Deleted:
+    def revoke(self, by: int = 0) -> Told:
         """Delete the key through one worker, and note how that went."""
         deleted = self.deployment.delete(self.key, by)
         self.took = deleted.seconds
@@ -210,7 +211,7 @@ class Theatre:
 
     def _try_once(self, row: Row, off: str | None) -> tuple[Stage, bool]:
         deployment = self._deployment_of(row.shape)
-        stage = Stage(deployment, self._full)
+        stage = Stage(deployment, self._full, off or "")
         recovered = False
         try:
             if off is not None:

@@ -95,7 +95,7 @@ async def _control(action: str, options: dict[str, str]) -> Any:
                 _failpoints.pop().remove()
             _clock.shift = 0.0
         case "failpoint":
-            _failpoints.append(Failpoint(options["point"], dies=options["action"] == "die"))
+            _failpoints.append(Failpoint(options["point"], dies=options["does"] == "die"))
         case "release":
             for failpoint in _failpoints:
                 failpoint.release()

@@ -5,6 +5,7 @@ A test of a rule proves something only if it fails without the rule. These are f
 """
 
 import asyncio
+import math
 import os
 from collections.abc import Awaitable, Callable
 from hmac import compare_digest
@@ -59,10 +60,12 @@ def no_wait() -> Undo:
 
 def no_lease() -> Undo:
     """Memory counts for ever, whatever has been heard."""
-    forever = property(
-        lambda _self: float("inf"),
-        lambda self, value: self.__dict__.__setitem__("fresh_until", value),
-    )
+
+    def set_value(self: Any, value: float) -> None:
+        if value < math.inf:  # else it would outlast the break
+            self.__dict__["fresh_until"] = value
+
+    forever = property(lambda _self: math.inf, set_value)
     return put(freshness.Freshness, "fresh_until", forever)
 
 
@@ -135,15 +138,11 @@ def no_fill() -> Undo:
     return put(shared_cache.SharedCache, "put", lambda *_: None)
 
 
-def no_age() -> Undo:
-    """An entry of any age counts, also one from the future."""
-    return put(reader.KeyReader, "_counts", lambda *_: True)
-
-
-def wall_clock() -> Undo:
-    """A process takes its own wall time for the database's."""
-    return put(
-        freshness.Freshness, "database_time", lambda self: self._clock.now().timestamp()
+def own_time() -> Undo:
+    """A process takes its own wall time for the database's, and entries of any age count."""
+    return both(
+        put(freshness.Freshness, "database_time", lambda self: self._clock.now().timestamp()),
+        put(reader.KeyReader, "_counts", lambda *_: True),
     )
 
 
@@ -186,12 +185,14 @@ def no_schema_lock() -> Undo:
     return put(upgrade, "_LOCK", os.getpid())
 
 
-def deferred_begin() -> Undo:
-    """A transaction on SQLite takes the write lock only when it comes to write."""
+def no_busy_wait() -> Undo:
+    """A transaction on SQLite fails at once while another one writes."""
     former = sqlalchemy.Connection.exec_driver_sql
 
     def execute(self: Any, statement: str, *args: Any, **options: Any) -> Any:
-        return former(self, statement.replace("BEGIN IMMEDIATE", "BEGIN"), *args, **options)
+        if statement == "BEGIN IMMEDIATE":
+            former(self, "PRAGMA busy_timeout = 0")
+        return former(self, statement, *args, **options)
 
     return put(sqlalchemy.Connection, "exec_driver_sql", execute)
 
@@ -273,9 +274,12 @@ def numbers_early() -> Undo:
 def no_return() -> Undo:
     """A connection whose user was cancelled is not given back."""
     former = AsyncConnection.__aexit__
+    kept = []
 
     async def leave(self: Any, kind: Any, error: Any, traceback: Any) -> None:
-        if kind is not asyncio.CancelledError:
+        if kind is asyncio.CancelledError:
+            kept.append(self)  # or the garbage collector would give it back
+        else:
             await former(self, kind, error, traceback)
 
     return put(AsyncConnection, "__aexit__", leave)
@@ -308,14 +312,13 @@ BREAKS: Final[dict[str, Callable[[], Undo]]] = {
         no_detaching,
         no_local,
         no_fill,
-        no_age,
-        wall_clock,
+        own_time,
         unavailable_is_no,
         no_deadline,
         no_retry,
         no_account_lock,
         no_schema_lock,
-        deferred_begin,
+        no_busy_wait,
         no_joining,
         no_role_check,
         any_format,
