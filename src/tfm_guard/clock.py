@@ -1,6 +1,7 @@
 """The one place that reads time."""
 
 import asyncio
+import contextlib
 import time
 from datetime import UTC, datetime
 from functools import partial
@@ -20,8 +21,8 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Return seconds since an arbitrary start that never step: for everything measured."""
 
-    async def sleep(self, seconds: float) -> None:
-        """Return when *seconds* have passed."""
+    async def sleep(self, seconds: float, *, unless: asyncio.Event | None = None) -> None:
+        """Return when *seconds* have passed, or before that when the event *unless* is set."""
 
 
 class SystemClock:
@@ -33,5 +34,9 @@ class SystemClock:
     # Read on every request: a C function, without a frame of its own.
     monotonic = staticmethod(partial(time.clock_gettime, _MONOTONIC))
 
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    async def sleep(self, seconds: float, *, unless: asyncio.Event | None = None) -> None:
+        if unless is None:
+            await asyncio.sleep(seconds)
+        else:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(unless.wait(), seconds)

@@ -1,74 +1,140 @@
 """Confirming a change that takes something away: returning only once nobody acts on the old state.
 
-The change is in the feed. A process that has applied it records so in the register. One that has
-not cannot answer from memory for longer than the lease after its last read of the feed, and any
-read begun after the commit finds the change. So once a lease has passed since the commit, each
-process has either applied the change or asks the database, which knows.
+The change is committed. It is published on the link, and it is in the feed. Each process in the
+register is waited for, until one of these holds:
+
+(a) it has acknowledged the change;
+(b) the register says that it has read the feed so far;
+(c) it cannot trust its memory any more for want of a proof: a lease has passed since the commit,
+    if the register then says that it has no link, or since the change was published on the link
+    that the register then has for it;
+(d) it cannot trust its memory any more whatever its link says: it has not read the feed for
+    `unfed` seconds.
+
+Which processes there are is in the database: one that comes later reads the feed before it trusts
+anything.
 """
 
 import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Final
 from uuid import UUID
 
 from tfm_guard.clock import Clock
-from tfm_guard.errors import Unavailable
+from tfm_guard.errors import NotConfirmed, Unavailable
 from tfm_guard.freshness import Freshness
+from tfm_guard.link import Acknowledgements, Link
 from tfm_guard.records import Change, Revocation
-from tfm_guard.store import MARKED, Store
+from tfm_guard.store import MARKED, Installation, Member, Store
 
 _log: Final = logging.getLogger(__name__)
 
-# Room for clocks that run at different rates; no real ones differ by half.
-_MARGIN: Final = 1.5
-# Less than this is left over from rounding, and no clock sleeps for so short.
-_RESOLUTION_SECONDS: Final = 1e-6
+# How long a caller waits, in seconds.
+CONFIRM_SECONDS: Final = 5.0
+# By how many leases a wait is longer than trust can last: room for clocks of different rates.
+_MARGIN: Final = 0.5
 _FIRST_PAUSE_SECONDS: Final = 0.005
 _LONGEST_PAUSE_SECONDS: Final = 0.05
+_PUBLISHING_PAUSE_SECONDS: Final = 0.1
+
+Register = dict[UUID, Member]
 
 
 class Confirmation:
-    """Waits for the other processes in the register of *store*."""
+    """Waits for the processes in the register of *store*, and tells them over *link*, if any."""
 
-    def __init__(self, *, store: Store, freshness: Freshness, clock: Clock, lease: float) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        installation: Installation,
+        freshness: Freshness,
+        link: Link | None,
+        clock: Clock,
+    ) -> None:
         self._store = store
         self._freshness = freshness
+        self._link = link
         self._clock = clock
-        self._wait = _MARGIN * lease
-        self._next_reading: asyncio.Task[dict[UUID, float]] | None = None
-        self._reading: asyncio.Task[dict[UUID, float]] | None = None
+        self._lease = installation.lease
+        self._unfed = installation.unfed
+        self._running: dict[tuple[str, int], asyncio.Task[Revocation]] = {}
+        self._next_reading: asyncio.Task[Register | None] | None = None
+        self._reading: asyncio.Task[Register | None] | None = None
 
-    async def wait(self, change: Change) -> Revocation:
-        """Return when no process acts on anything older than *change*, which is committed.
+    async def close(self) -> None:
+        """Leave off waiting; what is committed stays so."""
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
 
-        This takes at most 1.5 times the lease.
+    async def wait(
+        self, changes: Sequence[Change], *, confirmed: Callable[[], Awaitable[None]]
+    ) -> Revocation:
+        """Return when no process acts on anything older than *changes*, which are committed.
+
+        *confirmed* is called before, to record it. Those who wait for the same last change wait
+        together. Raises `NotConfirmed` after `CONFIRM_SECONDS`: then the work goes on, and can be
+        joined again.
         """
-        # It may have been committed by another process, or have been cancelled just then.
-        self._freshness.apply(change)
-        started = self._clock.monotonic()
-        pause = _FIRST_PAUSE_SECONDS
-        register = first = await self._read_register()
-        silent = set(register)
-        while True:
-            seconds = self._clock.monotonic() - started
-            behind = {worker for worker, seen in register.items() if seen < change.id}
-            if register and not behind:
-                return Revocation(how="acknowledged", workers=len(register), seconds=seconds)
-            silent &= behind
-            left = self._wait - seconds
-            if left < _RESOLUTION_SECONDS:
-                marked = {worker for worker in silent if first[worker] == MARKED}
-                await self._strike_off(silent - marked, change.id, marked)
-                return Revocation(how="lease", workers=len(register), seconds=seconds)
-            await self._clock.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            register = await self._read_register()
+        for change in changes:
+            # It may have been committed by another process, or have been cancelled just then.
+            self._freshness.apply(change)
+        last = changes[-1].prefix, changes[-1].version
+        task = self._running.get(last)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._confirm(changes, confirmed))
+            self._running[last] = task
+            task.add_done_callback(lambda _: self._running.pop(last))
+        done = asyncio.Event()
+        task.add_done_callback(lambda _: done.set())
+        await self._clock.sleep(CONFIRM_SECONDS, unless=done)
+        if not task.done() or task.cancelled():
+            raise NotConfirmed
+        return task.result()
 
-    async def _read_register(self) -> dict[UUID, float]:
-        """Return what each process has seen; nothing where the register cannot be read.
+    async def _confirm(
+        self, changes: Sequence[Change], confirmed: Callable[[], Awaitable[None]]
+    ) -> Revocation:
+        with contextlib.ExitStack() as stack:
+            telling, acknowledged = None, Acknowledgements()
+            if self._link is not None:
+                acknowledged = stack.enter_context(self._link.acknowledgements(changes[-1].id))
+                telling = Telling(self._link, changes, self._clock)
+                stack.callback(telling.stop)
+            watch = Watch(changes[-1].id, telling, self._clock, self._lease, self._unfed)
+            revocation = await self._watch(watch, acknowledged)
+        with contextlib.suppress(Unavailable):  # then asking again confirms it again
+            await confirmed()
+        return revocation
+
+    async def _watch(self, watch: "Watch", acknowledged: Acknowledgements) -> Revocation:
+        step = _FIRST_PAUSE_SECONDS
+        while True:
+            acknowledged.came.clear()
+            asked = self._clock.monotonic()
+            register = await self._read_register()
+            end = watch.look(register, {self._freshness.worker_id, *acknowledged})
+            if end <= asked:
+                break
+            left = end - self._clock.monotonic()
+            await self._clock.sleep(min(step, max(left, 0)), unless=acknowledged.came)
+            step = min(2 * step, _LONGEST_PAUSE_SECONDS)
+        if watch.silent:
+            await self._strike_off(watch)
+        return Revocation(
+            how="acknowledged" if end == -math.inf else "lease",
+            workers=len(register or ()),
+            seconds=self._clock.monotonic() - watch.started,
+        )
+
+    async def _read_register(self) -> Register | None:
+        """Return who is in the register but this process; none where that cannot be read.
 
         All who wait share one reading at a time, each one that begins after it was asked for.
         """
@@ -79,33 +145,124 @@ class Confirmation:
         return await asyncio.shield(self._next_reading)
 
     async def _read_after(
-        self, previous: "asyncio.Task[dict[UUID, float]] | None"
-    ) -> dict[UUID, float]:
+        self, previous: "asyncio.Task[Register | None] | None"
+    ) -> Register | None:
         if previous is not None:
             await asyncio.wait({previous})
         self._reading, self._next_reading = self._next_reading, None
         try:
-            register = await self._store.read_register()
+            return await self._store.read_register()
         except Unavailable:
-            return {}
-        # This process has applied the change, whatever it has read of the feed since.
-        return register | {self._freshness.worker_id: math.inf}
+            return None
 
-    async def _strike_off(
-        self, silent: Collection[UUID], change_id: int, marked: Collection[UUID]
-    ) -> None:
+    async def _strike_off(self, watch: "Watch") -> None:
         """Strike off processes that were silent all along, so that nobody waits for them for ever.
 
-        They are dead, as a rule. One that is not finds its mark, forgets everything and registers
-        anew; until then it counts as one that has seen nothing. Only who found it marked, and has
-        then waited as long as it can have trusted its memory, removes it.
+        They are dead, as a rule. One that is not finds its mark, or is told, forgets everything and
+        registers anew; until then it counts as one that has seen nothing. Only who found it marked,
+        told it so, and has then waited as long as it can have trusted its memory, removes it.
         """
-        if not silent and not marked:
-            return
         _log.warning(
             "not every process confirmed a change, which took %.1f s to be safe for that: %s",
-            self._wait,
-            ", ".join(map(str, [*silent, *marked])),
+            self._clock.monotonic() - watch.started,
+            ", ".join(map(str, watch.silent)),
         )
+        marked = {worker for worker, member in watch.silent.items() if member.seen == MARKED}
         with contextlib.suppress(Unavailable):
-            await self._store.strike_off(silent, change_id, marked=marked)
+            await self._store.strike_off(
+                watch.silent.keys() - marked, watch.change_id, marked=marked
+            )
+
+
+class Watch:
+    """Who is waited for, and until when: the rules (a) to (d) for the change *change_id*."""
+
+    def __init__(
+        self, change_id: int, telling: "Telling | None", clock: Clock, lease: float, unfed: float
+    ) -> None:
+        self.change_id = change_id
+        self.started = clock.monotonic()
+        # Who has been in the register since it was first read, and said nothing.
+        self.silent: Register = {}
+        self._first = True
+        self._telling = telling
+        self._wait = lease * (1 + _MARGIN)
+        self._unfed_wait = unfed + lease * _MARGIN
+
+    def look(self, register: Register | None, heard: Collection[UUID]) -> float:
+        """Return from when on, monotonic, nobody trusts what is older, as *register* tells it.
+
+        It counts if the register was read after that. It lies in the past for ever if everybody has
+        acknowledged, *heard* being those who did so over the link.
+        """
+        if register is None:
+            return self.started + self._unfed_wait
+        behind = {
+            worker: member
+            for worker, member in register.items()
+            if member.seen < self.change_id and worker not in heard
+        }
+        self.silent = {
+            worker: member
+            for worker, member in (behind if self._first else self.silent).items()
+            if worker in behind
+        }
+        self._first = False
+        if self._telling is not None:
+            self._telling.also_tell(w for w, member in behind.items() if member.seen == MARKED)
+        ends = [self._end_of_trust(worker, member) for worker, member in behind.items()]
+        return max(ends, default=-math.inf)
+
+    def _end_of_trust(self, worker: UUID, member: Member) -> float:
+        unfed = self.started + self._unfed_wait
+        if member.link is None:
+            return self.started + self._wait
+        if self._telling is None:
+            return unfed
+        struck_off = worker if member.seen == MARKED else None
+        told = self._telling.told(member.link, struck_off)
+        return unfed if told is None else min(told + self._wait, unfed)
+
+
+class Telling:
+    """Publishes *changes* on *link* until that has worked; and again when there is more to tell."""
+
+    def __init__(self, link: Link, changes: Sequence[Change], clock: Clock) -> None:
+        self._link = link
+        self._changes = changes
+        self._clock = clock
+        self._struck_off: frozenset[UUID] = frozenset()
+        self._more = asyncio.Event()
+        # link -> when the changes had gone out on it, monotonic; and for a process struck off, when
+        # the news of that had.
+        self._told: dict[tuple[str, UUID | None], float] = {}
+        self._task = asyncio.get_running_loop().create_task(self._tell())
+
+    def stop(self) -> None:
+        """Leave off."""
+        self._task.cancel()
+
+    def also_tell(self, struck_off: Iterable[UUID]) -> None:
+        """Tell these processes that they were struck off, too."""
+        if news := frozenset(struck_off) - self._struck_off:
+            self._struck_off |= news
+            self._more.set()
+
+    def told(self, link: str, struck_off: UUID | None = None) -> float | None:
+        """Return since when everybody on *link* has been told, be it that one was struck off."""
+        return self._told.get((link, struck_off))
+
+    async def _tell(self) -> None:
+        while True:
+            self._more.clear()
+            struck_off = self._struck_off
+            try:
+                link = await self._link.tell(self._changes, struck_off=struck_off)
+            except Exception as error:  # noqa: BLE001  # the feed tells them, too
+                _log.debug("a change was not published: %r", error)
+                await self._clock.sleep(_PUBLISHING_PAUSE_SECONDS)
+                continue
+            now = self._clock.monotonic()
+            for about in (None, *struck_off):
+                self._told.setdefault((link, about), now)
+            await self._more.wait()

@@ -15,4 +15,5 @@ class Counters(Struct, kw_only=True):
     shared_fills_dropped: int = 0  # because too many were waiting
     store_reads: int = 0  # queries sent to the database to verify
     hashes: int = 0  # argon2 computations, for creating and for verifying
+    link_rejected: int = 0  # messages on the link that were not sealed by one of us
     flushes: int = 0  # times that everything remembered was forgotten

@@ -111,6 +111,23 @@ class Unavailable(Refusal):
         super().__init__("The request could not be checked now. Try again.", reason=reason)
 
 
+class NotConfirmed(Refusal):
+    """The change is made and is still being pushed, but some process may not know of it yet.
+
+    The same request joins the wait.
+    """
+
+    code = "unconfirmed"
+    status = 503
+    retryable = True
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The change is made, but it is not yet sure that it is in force everywhere. "
+            "Send the request again to wait for that."
+        )
+
+
 class PlanLimitReached(Refusal):
     """The account already holds *current* of the *limit* active keys that *plan* allows."""
 

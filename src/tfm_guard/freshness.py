@@ -1,10 +1,21 @@
 """Freshness: until when this process may believe what it remembers.
 
-The truth is the database. Each change of a key is a row of its feed; this process reads the feed
-about once a second, applies what is new, and for `lease` seconds from the start of that read may
-answer from memory. A process that cannot read the feed thus stops believing itself.
+The truth is the database. Each change of a key is a row of its feed; this process reads the feed at
+an interval, applies what is new, and for `lease` seconds from the start of that read may answer
+from memory. A process that cannot read the feed thus stops believing itself.
 
-Changes may also arrive early (this process made them) or twice; applying one is idempotent.
+With Redis there is also the link, on which changes arrive as they are made. An answer on it proves
+that all that was published before the question has been handled, so it gives a lease too, but only
+while
+
+* the process came to the link before it last began to read the feed: what was published earlier is
+  in the feed;
+* the register says which link that is, for whoever revokes a key to publish on that one, or to know
+  that it could not;
+* the feed was read within `unfed` seconds: whoever revokes a key and can reach neither the link nor
+  the process waits that long.
+
+Changes may arrive early, or twice, or in another order; applying one is idempotent.
 """
 
 import asyncio
@@ -23,7 +34,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import Change
 from tfm_guard.shared_cache import MAX_AGE_SECONDS
-from tfm_guard.store import FeedState, Store
+from tfm_guard.store import FeedState, Installation, Place, Store
 
 _log: Final = logging.getLogger(__name__)
 
@@ -36,15 +47,17 @@ _NOBODY: Final = UUID(int=0)
 
 
 class Freshness:
-    """One process's place in the feed, and the lease that reading it gives."""
+    """One process's place in the feed, and the lease that reading it or hearing of it gives.
+
+    The times that all processes must agree on are those of the *installation*.
+    """
 
     def __init__(
         self,
         *,
         store: Store,
+        installation: Installation,
         clock: Clock,
-        lease: float,
-        poll_interval: float,
         random: Callable[[int], bytes],
         counters: Counters,
     ) -> None:
@@ -55,33 +68,41 @@ class Freshness:
         # Entries sealed before this, in the database's time, may have missed a change.
         self.sealed_after = -math.inf
         self._store = store
+        self._installation = installation
         self._clock = clock
-        self._lease = lease
-        self._poll_interval = poll_interval
         self._random = random
         self._counters = counters
         self.worker_id = _NOBODY  # in the register; another one whenever it registers anew
         self._seen = 0
-        self._recorded = 0  # in the register
+        self._link: str | None = None
+        self._turn = 0
+        self._link_turn = 0  # the first turn in which the link could be told
+        self._recorded: tuple[int, str | None] | None = None  # what the register surely has
         self._recording: asyncio.Task[None] | None = None
+        self._polling = asyncio.Lock()
+        self._poll_soon = asyncio.Event()
+        self._feed = -math.inf  # when the last applied read of the feed began, monotonic
+        self._link_counts = False
+        self._heard = -math.inf  # when what was last answered on the link was asked, monotonic
         # prefix -> version, and the monotonic time at which it has served its time
         self._floors: dict[str, tuple[int, float]] = {}
         self._floor_ends: deque[tuple[float, str]] = deque()
         # The database's time, seconds since 1970, and the monotonic time just before it was read.
         self._anchor = (0.0, 0.0)
-        self._on_change: Callable[[Change], None] = lambda _: None
-        self._on_flush: Callable[[], None] = lambda: None
+        self._on_change: list[Callable[[Change], None]] = []
+        self._on_flush: list[Callable[[], None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         left = self.fresh_until - self._clock.monotonic()
         state = f"fresh for {left:.2f} s" if left > 0 else "not fresh"
-        return f"Freshness({state}, seen={self._seen}, floors={len(self._floors)})"
+        link = "linked" if self._link_counts else "not linked"
+        return f"Freshness({state}, {link}, seen={self._seen}, floors={len(self._floors)})"
 
     def listen(self, *, on_change: Callable[[Change], None], on_flush: Callable[[], None]) -> None:
         """Call *on_change* with every change as it is applied, *on_flush* when all is forgotten."""
-        self._on_change = on_change
-        self._on_flush = on_flush
+        self._on_change.append(on_change)
+        self._on_flush.append(on_flush)
 
     async def start(self) -> None:
         """Register this process, read the feed, and go on reading it. Raises `Unavailable`."""
@@ -113,34 +134,72 @@ class Freshness:
 
     def apply(self, change: Change) -> None:
         """Raise the floor and have everything older about the key forgotten, in one step."""
+        if change.version <= self.floor(change.prefix):
+            return  # known: since then nothing older was believed, or kept
         end = self._clock.monotonic() + FLOOR_SECONDS
-        self._floors[change.prefix] = max(change.version, self.floor(change.prefix)), end
+        self._floors[change.prefix] = change.version, end
         self._floor_ends.append((end, change.prefix))
-        self._on_change(change)
+        for listener in self._on_change:
+            listener(change)
+
+    def link_came(self, link: str) -> None:
+        """Note that from now on changes arrive on *link*.
+
+        It counts once the register says so, and the feed has been read after that.
+        """
+        self._link, self._link_turn = link, self._turn + 1
+        self._link_counts = False
+        self._heard = -math.inf
+        self._poll_soon.set()
+
+    def link_went(self) -> None:
+        """Note that changes arrive no more."""
+        if self._link is None:
+            return
+        self._link = None
+        self._link_counts = False
+        self._poll_soon.set()
+
+    def link_answered(self, asked: float) -> None:
+        """Note that what was published before *asked*, monotonic, has been handled."""
+        self._heard = max(self._heard, asked)
+        self._renew()
+
+    def start_afresh(self) -> None:
+        """Forget everything, and trust nothing until the feed has been read."""
+        self._forget_everything()
+        self._poll_soon.set()
 
     async def poll(self) -> None:
         """Read the feed once, apply what is new, and renew the lease. Raises `Unavailable`."""
-        started = self._clock.monotonic()
-        state = await self._store.poll(self.worker_id, self._seen)
-        changes = None if state is None else await self._new_changes(state)
-        if state is None or changes is None:
-            self._forget_everything()
-            await self._join()
-            return
-        self._set_anchor(state, started)
-        for change in changes:
-            self.apply(change)
-        self._drop_ended_floors()
-        self._seen = state.head
-        self.fresh_until = max(self.fresh_until, started + self._lease)
-        self._record_seen_soon()
+        async with self._polling:
+            self._poll_soon.clear()
+            place = Place(self._seen, self._link, self._next_turn())
+            started = self._clock.monotonic()
+            state = await self._store.poll(self.worker_id, place)
+            changes = None if state is None else await self._new_changes(state)
+            if state is None or changes is None:
+                self._forget_everything()
+                await self._join()
+                return
+            if self._clock.monotonic() - started > self._installation.lease:
+                # Whoever revokes a key relies on it that after a lease the register has what is.
+                raise Unavailable("reading the feed took longer than that counts")
+            self._set_anchor(state, started)
+            for change in changes:
+                self.apply(change)
+            self._drop_ended_floors()
+            if state.turn == place.turn:
+                self._recorded = place.seen, place.link
+            self._advance(state, started)
 
     async def _join(self) -> None:
         """Enter the register, then read the feed: only then is there anything to trust."""
-        former, self.worker_id = self.worker_id, UUID(bytes=self._random(16), version=4)
-        await self._store.register_worker(self.worker_id, f"{socket.gethostname()}:{os.getpid()}")
+        worker_id = UUID(bytes=self._random(16), version=4)
+        await self._store.register_worker(worker_id, f"{socket.gethostname()}:{os.getpid()}")
+        self._link_turn = self._turn + 1  # what was told before, was of the former place
         started = self._clock.monotonic()
-        state = await self._store.poll(self.worker_id, 0)
+        state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))
         if state is None:
             raise Unavailable("this process cannot find itself in the register")
         # The shared cache may hold entries that are older than changes made before this process
@@ -149,14 +208,34 @@ class Freshness:
         self._anchor = (state.now.timestamp(), started)
         for change in recent:
             self.apply(change)
-        self._seen = state.head
-        self._recorded = 0
-        self.fresh_until = started + self._lease
-        self._record_seen_soon()
+        former, self.worker_id = self.worker_id, worker_id
+        self._recorded = None
+        self._advance(state, started)
         # Nothing is remembered any more that the former place in the register stood for.
         if former != _NOBODY:
             with contextlib.suppress(Unavailable):
                 await self._store.unregister_worker(former)
+
+    def _next_turn(self) -> int:
+        self._turn += 1
+        return self._turn
+
+    def _advance(self, state: FeedState, started: float) -> None:
+        """Take note of a read of the feed that began at *started*, monotonic, and is applied."""
+        self._seen = state.head
+        self._feed = started
+        if self._link is not None and state.turn >= self._link_turn:
+            self._link_counts = True
+        self._renew()
+        self._record_soon()
+
+    def _renew(self) -> None:
+        times = self._installation
+        until = self._feed + times.lease
+        if self._link_counts:
+            until = max(until, min(self._heard + times.lease, self._feed + times.unfed))
+        # Never back: a promise that was good once is good to its end, if the link is lost or not.
+        self.fresh_until = max(self.fresh_until, until)
 
     async def _new_changes(self, state: FeedState) -> list[Change] | None:
         """Return the changes that are new, in their order; none if they cannot all be had."""
@@ -180,10 +259,12 @@ class Freshness:
         """Forget all that is remembered, but for the floors, which only ever refuse."""
         _log.warning("this process forgets what it remembers, and starts afresh")
         self._counters.flushes += 1
-        self.fresh_until = -math.inf
+        self.fresh_until = self._feed = self._heard = -math.inf
+        self._link_counts = False
         self.epoch += 1
         self.sealed_after = self.database_time()
-        self._on_flush()
+        for listener in self._on_flush:
+            listener()
 
     def _drop_ended_floors(self) -> None:
         now = self._clock.monotonic()
@@ -195,7 +276,7 @@ class Freshness:
     async def _poll_for_ever(self) -> None:
         failing = False
         while True:
-            await self._clock.sleep(self._poll_interval)
+            await self._clock.sleep(self._interval(), unless=self._poll_soon)
             try:
                 await self.poll()
             except Exception as error:  # noqa: BLE001  # the lease ends by itself; this must not
@@ -207,18 +288,25 @@ class Freshness:
                     _log.warning("the feed can be read again")
                 failing = False
 
-    def _record_seen_soon(self) -> None:
-        # As often as it takes: until it is recorded, whoever revokes a key waits for this process.
-        if self._recorded != self._seen and self._recording is None:
-            self._recording = self._spawn(self._record_seen())
+    def _interval(self) -> float:
+        times = self._installation
+        return times.linked_poll_interval if self._link_counts else times.poll_interval
 
-    async def _record_seen(self) -> None:
-        worker_id, seen = self.worker_id, self._seen
+    def _record_soon(self) -> None:
+        # As often as it takes: until it is recorded, whoever revokes a key waits for this process.
+        if self._recorded != (self._seen, self._link) and self._recording is None:
+            self._recording = self._spawn(self._record())
+
+    async def _record(self) -> None:
+        worker_id = self.worker_id
+        place = Place(self._seen, self._link, self._next_turn())
         try:
             with contextlib.suppress(Unavailable):
-                await self._store.record_seen(worker_id, seen)
+                await self._store.record_place(worker_id, place)
                 if worker_id == self.worker_id:
-                    self._recorded = seen
+                    self._recorded = place.seen, place.link
+                    if place.link is not None and not self._link_counts:
+                        self._poll_soon.set()
         finally:
             self._recording = None
 

@@ -6,7 +6,7 @@ import math
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -19,9 +19,12 @@ from tfm_guard.errors import GuardError, InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing, HashingProfile
 from tfm_guard.keys import KeyManager
+from tfm_guard.link import Link, Seals
+from tfm_guard.live import LiveConnection, LiveConnections
 from tfm_guard.local_cache import LocalCache, NegativeCache
 from tfm_guard.reader import KeyReader
 from tfm_guard.records import VerifiedKey
+from tfm_guard.redis_access import RedisAccess
 from tfm_guard.scopes import ScopeRegistry
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import SharedCache
@@ -43,6 +46,7 @@ class _Parts(NamedTuple):
     """What exists while a guard is open."""
 
     verifier: Verifier
+    live: LiveConnections
     keys: KeyManager
     accounts: AccountManager
     ending: AsyncExitStack
@@ -136,6 +140,18 @@ class Guard:
             self._outages.note(type(error).__name__, fault=error)
             raise Unavailable("internal error") from error
         return key
+
+    async def holds(self, key: VerifiedKey) -> bool:
+        """Tell whether *key*, verified a while ago, is still active, with all its scopes.
+
+        For what goes on for long, such as a streamed response: as cheap as verifying. Raises
+        `Unavailable` where it cannot be known now.
+        """
+        return await (await self._open_for_request()).verifier.holds(key)
+
+    def watch(self, key: VerifiedKey) -> AbstractContextManager[LiveConnection]:
+        """Return a connection of *key* that ends with it, as a context. The guard must be open."""
+        return self._opened_parts().live.watch(key)
 
     async def open(self) -> None:
         """Open the guard: bring up an empty database, load its secrets, start the parts.
@@ -258,25 +274,36 @@ class Guard:
                 counters,
             )
             ending.callback(hashing.close)
-            shared = None
-            if settings.redis_url is not None:
+            freshness = Freshness(
+                store=store,
+                installation=installation,
+                clock=clock,
+                random=self._random,
+                counters=counters,
+            )
+            shared = link = None
+            redis = self._new_redis()
+            if redis is not None:
+                ending.push_async_callback(redis.close)
+                names = f"tfm:{installation.id}:v1:"
                 shared = SharedCache(
-                    settings.redis_url,
-                    installation=installation.id,
+                    redis,
+                    names=f"{names}key:",
                     seal_key=derive(secrets[0], b"seal"),
                     clock=clock,
                     counters=counters,
                 )
                 ending.push_async_callback(shared.close)
                 await shared.open()
-            freshness = Freshness(
-                store=store,
-                clock=clock,
-                lease=installation.lease,
-                poll_interval=installation.poll_interval,
-                random=self._random,
-                counters=counters,
-            )
+                link = Link(
+                    redis.connect,
+                    names=names,
+                    seals=Seals([derive(secret, b"link") for secret in secrets]),
+                    freshness=freshness,
+                    clock=clock,
+                    random=self._random,
+                    counters=counters,
+                )
             local = LocalCache(settings.local_cache_size)
             verifier = Verifier(
                 local=local,
@@ -304,11 +331,20 @@ class Guard:
             store.on_commit(freshness.apply)
             ending.push_async_callback(freshness.stop)
             await freshness.start()
+            if link is not None:
+                ending.push_async_callback(link.stop)
+                await link.start()
+            confirmation = Confirmation(
+                store=store,
+                installation=installation,
+                freshness=freshness,
+                link=link,
+                clock=clock,
+            )
+            ending.push_async_callback(confirmation.close)
             keys = KeyManager(
                 store=store,
-                confirmation=Confirmation(
-                    store=store, freshness=freshness, clock=clock, lease=installation.lease
-                ),
+                confirmation=confirmation,
                 hashing=hashing,
                 tagger=tagger,
                 digest_key=digest_keys.current,
@@ -317,8 +353,9 @@ class Guard:
                 clock=clock,
                 random=self._random,
             )
+            live = LiveConnections(freshness=freshness, holds=verifier.holds)
             accounts = AccountManager(store=store, plans=settings.plans)
-            return _Parts(verifier, keys, accounts, ending.pop_all())
+            return _Parts(verifier, live, keys, accounts, ending.pop_all())
 
     def _new_store(self) -> Store:
         return Store(
@@ -326,6 +363,10 @@ class Guard:
             pool_size=self.settings.database_pool_size,
             clock=self._clock,
         )
+
+    def _new_redis(self) -> RedisAccess | None:
+        url = self.settings.redis_url
+        return None if url is None else RedisAccess(url)
 
     def _opened_parts(self) -> _Parts:
         if self._parts is None:

@@ -140,10 +140,11 @@ class KeyManager:
     ) -> Revocation:
         """Revoke the key *key_id* of *account_id* for good; return when it is refused everywhere.
 
-        While other processes use the key this takes a fraction of a second, and at most 1.5 times
-        the lease. When it is cancelled meanwhile the key is revoked all the same; revoking it again
-        joins the wait. Raises `KeyNotFound` where the account has no such key or its revocation was
-        confirmed before, and `Unavailable`.
+        This takes milliseconds while all processes are well, about 1.5 times the lease when one is
+        dead or stopped, and until then `NotConfirmed` is raised after some seconds: the key is
+        revoked, the work goes on, and revoking it again joins the wait. So it does when it was
+        cancelled meanwhile. Raises `KeyNotFound` where the account has no such key or its
+        revocation was confirmed before, and `Unavailable`.
         """
 
         async def revoke(transaction: Transaction) -> Change | None:
@@ -167,10 +168,10 @@ class KeyManager:
             return None
 
         earlier, changes = await self._store.transact(revoke)
-        revocation = await self._confirmation.wait(earlier or changes[-1])
-        with contextlib.suppress(Unavailable):  # then revoking again confirms it again
-            await self._store.confirm_revocation(key_id)
-        return revocation
+        return await self._confirmation.wait(
+            [earlier] if earlier else changes,
+            confirmed=lambda: self._store.confirm_revocation(key_id),
+        )
 
     async def _check_limit(self, transaction: Transaction, account: Account) -> None:
         current = await transaction.count_active_keys(account.id)

@@ -13,18 +13,15 @@ from collections.abc import Awaitable, Callable, Mapping
 from hashlib import blake2b
 from hmac import compare_digest
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
 
 import msgspec
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from tfm_guard.clock import Clock
 from tfm_guard.coalescer import LIMIT, Coalescer
 from tfm_guard.counters import Counters
 from tfm_guard.errors import ConfigurationError
 from tfm_guard.records import CacheEntry
+from tfm_guard.redis_access import TIMEOUT_SECONDS, RedisAccess
 
 _log: Final = logging.getLogger(__name__)
 
@@ -32,8 +29,6 @@ _log: Final = logging.getLogger(__name__)
 MAX_AGE_SECONDS: Final = 600.0
 # How far two processes' ideas of the database's time may be apart.
 SKEW_SECONDS: Final = 1.0
-_TIMEOUT_SECONDS: Final = 0.25
-_POOL_SIZE: Final = 16
 _WAITING_FILLS: Final = 4 * LIMIT
 
 _FORMAT: Final = b"1"
@@ -55,17 +50,23 @@ end
 
 
 class SharedCache:
-    """Entries of one *installation* in the Redis at *url*, sealed with *seal_key* (32 bytes)."""
+    """Entries in *redis* whose names begin with *names*, sealed with *seal_key* (32 bytes)."""
 
     def __init__(
-        self, url: str, *, installation: str, seal_key: bytes, clock: Clock, counters: Counters
+        self,
+        redis: RedisAccess,
+        *,
+        names: str,
+        seal_key: bytes,
+        clock: Clock,
+        counters: Counters,
     ) -> None:
-        self._redis = _client(url)
-        self._names = f"tfm:{installation}:v1:key:"
+        self._redis = redis
+        self._names = names
         self._seal_key = seal_key
         self._counters = counters
         self._breaker = Breaker(self._probe, clock=clock)
-        self._fill = self._redis.register_script(_FILL)
+        self._fill = redis.client.register_script(_FILL)
         self._reads = Coalescer(self._read)
         self._fills: dict[str, tuple[CacheEntry, bytes]] = {}
         self._filling: asyncio.Task[None] | None = None
@@ -80,11 +81,10 @@ class SharedCache:
         await self._breaker.start()
 
     async def close(self) -> None:
-        """Close the connections; what was still to be filled is left out."""
+        """End what is under way; what was still to be filled is left out."""
         await self._breaker.stop()
         if self._filling is not None:
             self._filling.cancel()
-        await self._redis.aclose()
 
     async def get(self, prefix: str, *, counts: Callable[[CacheEntry], bool]) -> CacheEntry | None:
         """Return the entry for *prefix* if its seal holds and it *counts*; never raises.
@@ -128,9 +128,9 @@ class SharedCache:
     async def _read(self, prefixes: list[str]) -> Mapping[str, bytes]:
         self._counters.shared_reads += 1
         try:
-            async with asyncio.timeout(_TIMEOUT_SECONDS):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
                 names = [self._names + prefix for prefix in prefixes]
-                values: Any = await self._redis.mget(names)
+                values: Any = await self._redis.client.mget(names)
             if not _is_answer(values, len(names)):
                 raise ConnectionError("the answer is not one that Redis gives")  # noqa: TRY301
         except Exception as error:
@@ -152,7 +152,7 @@ class SharedCache:
                 for prefix, (entry, garbage) in batch:
                     arguments += [self._seal(prefix, entry), garbage]
                 names = [self._names + prefix for prefix, _ in batch]
-                async with asyncio.timeout(_TIMEOUT_SECONDS):
+                async with asyncio.timeout(TIMEOUT_SECONDS):
                     await self._fill(keys=names, args=arguments)
         except Exception as error:  # noqa: BLE001  # whatever is there that calls itself Redis
             # Nothing is lost but speed, and reads go on: only they open the breaker.
@@ -163,17 +163,9 @@ class SharedCache:
             self._filling = None
 
     async def _probe(self) -> None:
-        """Raise unless this Redis answers, is a master, and is no cluster."""
-        async with asyncio.timeout(_TIMEOUT_SECONDS):
-            role: Any = await self._redis.role()
-            cluster: Any = await self._redis.info("cluster")
-        if cluster.get("cluster_enabled"):
-            raise ConfigurationError(
-                "TFM_GUARD_REDIS_URL: Redis Cluster is not supported; use a single master, with "
-                "replicas and Sentinel if it must fail over"
-            )
-        if role[0] not in (b"master", "master"):
-            raise ConnectionError(f"this Redis is a {role[0]!r}; the URL must lead to the master")
+        """Raise unless a master that is of no cluster can be reached."""
+        wire = await self._redis.connect()
+        await wire.close()
 
     def _seal(self, prefix: str, entry: CacheEntry) -> bytes:
         value = _FORMAT + b"%016x" % entry.version + msgspec.msgpack.encode(entry)
@@ -276,30 +268,3 @@ class Breaker:
 
 def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _client(url: str) -> "Redis":
-    options = parse_qs(urlsplit(url).query)
-    if any(not option.startswith("ssl_") for option in options):
-        raise ConfigurationError(
-            "TFM_GUARD_REDIS_URL: only options for TLS, ssl_…, may follow the ?; the others are "
-            "what this cache depends on"
-        )
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=_POOL_SIZE,
-            timeout=_TIMEOUT_SECONDS,
-            socket_timeout=_TIMEOUT_SECONDS,
-            socket_connect_timeout=_TIMEOUT_SECONDS,
-            # The deadline and the breaker are the only say in what is tried again.
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            client_name="tfm-guard",
-        )
-    except ValueError:
-        # The message of the original may quote the URL, and with it a password.
-        raise ConfigurationError(
-            "TFM_GUARD_REDIS_URL is no URL of Redis; expected redis://HOST:PORT/0 or rediss://…"
-        ) from None
-    return Redis.from_pool(pool)

@@ -41,8 +41,11 @@ class ManualClock:
     def monotonic(self) -> float:
         return self._monotonic
 
-    async def sleep(self, seconds: float) -> None:
-        """Return when the clock has been moved by *seconds*; at once if that is not positive."""
+    async def sleep(self, seconds: float, *, unless: asyncio.Event | None = None) -> None:
+        """Return when the clock has been moved by *seconds*, or when the event *unless* is set.
+
+        At once if *seconds* is not positive.
+        """
         if seconds <= 0:
             await asyncio.sleep(0)
             return
@@ -51,9 +54,14 @@ class ManualClock:
         self._sleepers[wake] = self._monotonic + seconds, task
         self._woken -= {task}
         self._tell_watchers()
+        event = None if unless is None else asyncio.ensure_future(unless.wait())
+        if event is not None:
+            event.add_done_callback(lambda _: self._wake(wake))
         try:
             await wake
         finally:
+            if event is not None:
+                event.cancel()
             self._sleepers.pop(wake, None)
 
     def advance(self, seconds: float) -> None:
@@ -95,13 +103,16 @@ class ManualClock:
     def _move_to(self, monotonic: float) -> None:
         """Set the time, and wake those who slept until then."""
         self._monotonic = monotonic
-        woken = [(wake, task) for wake, (due, task) in self._sleepers.items() if due <= monotonic]
-        for wake, task in woken:
-            del self._sleepers[wake]
-            if task is not None:
-                self._woken.add(task)
-            if not wake.done():  # it is if the sleeper was cancelled a moment ago
-                wake.set_result(None)
+        for wake in [wake for wake, (due, _) in self._sleepers.items() if due <= monotonic]:
+            self._wake(wake)
+
+    def _wake(self, wake: asyncio.Future[None]) -> None:
+        """Wake a sleeper, if it still sleeps."""
+        _, task = self._sleepers.pop(wake, (0.0, None))
+        if task is not None:
+            self._woken.add(task)
+        if not wake.done():  # it is if the sleeper was cancelled a moment ago
+            wake.set_result(None)
 
     async def _settle(self) -> None:
         """Wait until each of those who woke sleeps again or has ended."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from hmac import compare_digest
 from typing import Final
+from uuid import UUID
 
 from tfm_guard.bearer import Headers
 from tfm_guard.clock import Clock
@@ -64,6 +65,7 @@ class Verifier:
         self._tagger = tagger
         self._digest_keys = digest_keys
         self._accept_untagged = accept_untagged
+        self._clock = clock
         self._counters = counters
         self._proofs: dict[bytes, asyncio.Task[bool]] = {}
         self._renewals: set[asyncio.Task[None]] = set()
@@ -95,6 +97,28 @@ class Verifier:
         else:
             reason = "unknown prefix" if found is None else "wrong secret"
         raise self._refusal(reason, digest, negative_epoch)
+
+    async def holds(self, key: VerifiedKey) -> bool:
+        """Tell whether *key*, verified earlier, is still active with all its scopes.
+
+        Raises `Unavailable`.
+        """
+        remembered = self._local.entries.get(key.key_prefix.encode())
+        now = self._clock.monotonic()
+        if remembered is not None and now < min(self._freshness.fresh_until, remembered.deadline):
+            return _covers(remembered.key.key_id, remembered.key.scopes, key)
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                found = await self._reader.find(key.key_prefix)
+        except TimeoutError:
+            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+        if isinstance(found, Unproven):
+            return _is_active(found.row) and _covers(found.row.id, found.row.scopes, key)
+        return (
+            found is not None
+            and _inactivity(found) is None
+            and _covers(found.key.key_id, found.key.scopes, key)
+        )
 
     async def close(self) -> None:
         """Wait until the digests of proven keys are stored, or cannot be."""
@@ -215,3 +239,15 @@ def _inactivity(found: Known) -> str | None:
     if found.entry.expires_at is not None and found.entry.expires_at.timestamp() <= found.read_at:
         return "expired"
     return _SUSPENDED if found.suspended else None
+
+
+def _is_active(row: StoredKey) -> bool:
+    return (
+        row.revoked_at is None
+        and row.suspended_at is None
+        and (row.expires_at is None or row.expires_at > row.read_at)
+    )
+
+
+def _covers(key_id: UUID, scopes: frozenset[str], key: VerifiedKey) -> bool:
+    return key_id == key.key_id and scopes >= key.scopes

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.support.guards import LONG, until
+from tests.support.guards import LONG, installation_of, until
 from tests.support.keys import create_key, insert_key
 from tests.support.servers import ROOT
 from tests.support.sql import execute
@@ -21,6 +21,7 @@ from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import FLOOR_SECONDS, Freshness
 from tfm_guard.records import Change
 from tfm_guard.store import FeedState, Store, schema
+from tfm_guard.store import Member as Registered
 from tfm_guard.testing import ManualClock
 
 LEASE = 2.0
@@ -36,8 +37,7 @@ class Member(Freshness):
         super().__init__(
             store=store,
             clock=self.clock,
-            lease=LEASE,
-            poll_interval=poll_interval,
+            installation=installation_of(lease=LEASE, poll_interval=poll_interval),
             random=lambda count: uuid4().bytes[:count],
             counters=self.counted,
         )
@@ -159,7 +159,7 @@ async def test_what_was_seen_is_recorded(store: Store, database_url: str, member
         return [row.seen for row in execute(database_url, WORKERS)] == [2]
 
     await until(recorded, what="the record")
-    assert await store.read_register() == {member.worker_id: 2}
+    assert await store.read_register() == {member.worker_id: Registered(2, None)}
 
 
 async def test_a_lease_ends_without_polls(member: Member) -> None:

@@ -82,7 +82,13 @@ async def test_an_installation_keeps_what_its_processes_share(
     assert made.root_secret != made.tag_key
     assert (made.lease, made.poll_interval) == (2, 0.25)
     shared = {row.name: row.value for row in execute(database_url, select(schema.settings))}
-    assert shared == {"installation_id": made.id, "lease_seconds": "2", "poll_seconds": "0.25"}
+    assert shared == {
+        "installation_id": made.id,
+        "lease_seconds": "2",
+        "poll_seconds": "0.25",
+        "linked_poll_seconds": "1",
+        "unfed_seconds": "60",
+    }
     execute(database_url, "UPDATE tfm_settings SET value = '3.5' WHERE name = 'lease_seconds'")
     assert await second.open() == made._replace(lease=3.5)
 

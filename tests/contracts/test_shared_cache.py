@@ -1,9 +1,9 @@
 """Facts about the shared cache: nothing in it is believed for being there."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import fakeredis
@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.fake_redis import FakeMaster, fake_server
+from tests.support.fake_redis import FakeAccess, fake_server
 from tests.support.guards import written
 from tests.support.redis import RedisServer
-from tfm_guard import shared_cache
 from tfm_guard.counters import Counters
 from tfm_guard.records import CacheEntry
+from tfm_guard.redis_access import RedisAccess
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SharedCache
 from tfm_guard.testing import ManualClock
 
@@ -28,31 +28,42 @@ NAME = f"tfm:here:v1:key:{PREFIX}"
 MakeCache = Callable[..., Any]
 
 
+class Place(NamedTuple):
+    """A Redis: the library's way to it, and a client to look and to meddle."""
+
+    access: RedisAccess
+    raw: Any
+
+
 @pytest.fixture(params=["redis", "fakeredis"])
-def raw(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Run the test on a real server and on fakeredis; return a client to look and to meddle."""
+async def redis(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    """Run the test on a real server and on fakeredis."""
     if request.param == "redis":
         server: RedisServer = request.getfixturevalue("redis_server")
-        real_client = shared_cache._client  # noqa: SLF001  # where redis-py is set up
-        monkeypatch.setattr(shared_cache, "_client", lambda _: real_client(server.url))
-        with server.client() as client:
-            yield client
+        access, client = RedisAccess(server.url), server.client()
     else:
         fake = fake_server()
-        monkeypatch.setattr(shared_cache, "_client", lambda _: FakeMaster(server=fake, protocol=2))
-        with fakeredis.FakeRedis(server=fake) as client:
-            yield client
+        access, client = FakeAccess(fake), fakeredis.FakeRedis(server=fake)
+    with client:
+        yield Place(access, client)
+    await access.close()
 
 
 @pytest.fixture
-async def make_cache(raw: Any) -> AsyncIterator[MakeCache]:
+def raw(redis: Place) -> Any:
+    """Return a client to look and to meddle."""
+    return redis.raw
+
+
+@pytest.fixture
+async def make_cache(redis: Place) -> AsyncIterator[MakeCache]:
     """Return what opens further caches on the same Redis."""
     opened = []
 
     async def make(*, installation: str = "here", seal_key: bytes = SEAL_KEY) -> SharedCache:
         cache = SharedCache(
-            "redis://the fixture knows where",
-            installation=installation,
+            redis.access,
+            names=f"tfm:{installation}:v1:key:",
             seal_key=seal_key,
             clock=ManualClock(),
             counters=Counters(),
@@ -300,9 +311,10 @@ async def test_fills_are_bounded(cache: SharedCache, raw: Any) -> None:
 
 async def test_fills_travel_together(redis_server: RedisServer) -> None:
     """512 fills are 2 commands on a real server, once it knows the script."""
+    access = RedisAccess(redis_server.url)
     cache = SharedCache(
-        redis_server.url,
-        installation="here",
+        access,
+        names="tfm:here:v1:key:",
         seal_key=SEAL_KEY,
         clock=ManualClock(),
         counters=Counters(),
@@ -317,6 +329,7 @@ async def test_fills_travel_together(redis_server: RedisServer) -> None:
         assert raw.info("commandstats")["cmdstat_evalsha"]["calls"] == 2
         assert raw.dbsize() == 513
     await cache.close()
+    await access.close()
 
 
 async def test_garbage_that_nobody_overwrites_is_forgotten(cache: SharedCache, raw: Any) -> None:

@@ -14,7 +14,7 @@ from tests.support.keys import create_key, insert_key, revoke_key
 from tests.support.sql import execute
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import Change
-from tfm_guard.store import MARKED, Account, PrefixTaken, Store, Transaction, schema
+from tfm_guard.store import MARKED, Account, Member, Place, PrefixTaken, Store, Transaction, schema
 
 WRITERS = """
 from tests.support.keys import create_key
@@ -138,13 +138,17 @@ async def test_only_who_is_still_behind_is_marked(store: Store) -> None:
     behind, late, other = uuid4(), uuid4(), uuid4()
     for worker_id in (behind, late, other):
         await store.register_worker(worker_id, "host:1")
-    await store.record_seen(late, 7)
+    await store.record_place(late, Place(7, None, 1))
     await store.strike_off([behind, late], 7, marked=[other])
-    assert await store.read_register() == {behind: MARKED, late: 7, other: 0}
-    await store.record_seen(behind, 9)
-    assert await store.poll(behind, 0) is None
+    assert await store.read_register() == {
+        behind: Member(MARKED, None),
+        late: Member(7, None),
+        other: Member(0, None),
+    }
+    await store.record_place(behind, Place(9, None, 1))
+    assert await store.poll(behind, Place(0, None, 2)) is None
     await store.strike_off([late], 8, marked=[behind])
-    assert await store.read_register() == {late: MARKED, other: 0}
+    assert await store.read_register() == {late: Member(MARKED, None), other: Member(0, None)}
 
 
 async def test_a_listener_hears_of_what_was_committed(store: Store) -> None:

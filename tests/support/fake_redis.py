@@ -1,21 +1,38 @@
-"""fakeredis, with what it leaves out of what is used here."""
+"""fakeredis, as the way to Redis that the library takes, with what it leaves out of that."""
 
 import hashlib
 from typing import Any
 
 import fakeredis
 
+from tfm_guard.redis_access import RedisAccess, Wire
 
-class FakeMaster(fakeredis.FakeAsyncRedis):
-    """A client that is told of a master, and of no cluster."""
 
-    async def role(self) -> list[Any]:
-        """Answer as a master without replicas."""
-        return [b"master", 0, []]
+class FakeAccess(RedisAccess):
+    """The way to a fakeredis *server*, which is a master and of no cluster."""
 
-    async def info(self, *_: Any, **__: Any) -> dict[str, Any]:
-        """Answer for the section about clusters."""
-        return {"cluster_enabled": 0}
+    def __init__(self, server: fakeredis.FakeServer) -> None:
+        self.client = fakeredis.FakeAsyncRedis(server=server, protocol=2)
+
+    async def connect(self) -> Wire:
+        """Return a connection that is good for nothing but being there."""
+        return FakeWire()
+
+
+class FakeWire:
+    """A connection on which nothing is ever said."""
+
+    run_id = "fakeredis"
+
+    async def send(self, *_: Any) -> None:
+        """Do nothing."""
+
+    async def receive(self) -> Any:
+        """Return no reply."""
+        raise ConnectionError("nothing is said here")
+
+    async def close(self) -> None:
+        """Do nothing."""
 
 
 def fake_server() -> fakeredis.FakeServer:

@@ -18,7 +18,7 @@ from tfm_guard.local_cache import LocalCache
 from tfm_guard.records import CreatedKey
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import SharedCache
-from tfm_guard.store import Store, schema
+from tfm_guard.store import Installation, Store, schema
 from tfm_guard.testing import CHEAP_HASHING
 from tfm_guard.token import Tagger
 
@@ -38,10 +38,29 @@ async def prepare(url: str, *, lease: float = LONG, poll: float = LONG) -> str:
     store = Store(url, pool_size=1, clock=SystemClock())
     await store.open()
     await store.close()
-    for name, value in (("lease_seconds", lease), ("poll_seconds", poll)):
+    times = {
+        "lease_seconds": lease,
+        "poll_seconds": poll,
+        "linked_poll_seconds": poll,
+        "unfed_seconds": 30 * lease,
+    }
+    for name, value in times.items():
         row = schema.settings.c.name == name
         execute(url, schema.settings.update().where(row).values(value=str(value)))
     return url
+
+
+def installation_of(*, lease: float, poll_interval: float) -> Installation:
+    """Return an installation with that lease and poll interval, in seconds."""
+    return Installation(
+        id="here",
+        root_secret=bytes(32),
+        tag_key=bytes(32),
+        lease=lease,
+        unfed=30 * lease,
+        poll_interval=poll_interval,
+        linked_poll_interval=poll_interval,
+    )
 
 
 def new_guard(url: str, redis: str | None = None, **options: Any) -> Guard:

@@ -7,9 +7,17 @@ from typing import Final
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tfm_guard.bearer import Unreadable, read_token
-from tfm_guard.errors import ConfigurationError, InvalidRequest, MissingCredentials, Refusal
+from tfm_guard.errors import (
+    ConfigurationError,
+    InvalidRequest,
+    InvalidToken,
+    MissingCredentials,
+    Refusal,
+    Unavailable,
+)
 from tfm_guard.guard import Guard
 from tfm_guard.http.lifespan import run_lifespan
+from tfm_guard.http.live import run_response, run_websocket
 from tfm_guard.http.refusals import RefusalResponse, send_refusal
 from tfm_guard.records import VerifiedKey
 
@@ -24,14 +32,25 @@ class APIKeyMiddleware:
     *exempt* lists paths that need no key, each compared exactly with the path that the app's own
     router sees (that is, without the prefix under which the app is mounted). The key is found in
     `scope["user"]`, its scopes in `scope["auth"]`. Refusals are sent, never raised.
+
+    A WebSocket is closed with 1008 as soon as its key is revoked. With *end_responses*, responses
+    under way are broken off, too: for apps that stream them for long.
     """
 
-    def __init__(self, app: ASGIApp, *, guard: Guard, exempt: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        guard: Guard,
+        exempt: Iterable[str] = (),
+        end_responses: bool = False,
+    ) -> None:
         if isinstance(exempt, str):
             raise ConfigurationError(f'exempt is a list of paths: exempt=("{exempt}",)')
         self.app = app
         self._guard = guard
         self._exempt = frozenset(exempt)
+        self._ended = frozenset({"http", "websocket"} if end_responses else {"websocket"})
         faults = [
             f"exempt: {path!r} must begin with /"
             for path in self._exempt
@@ -58,7 +77,28 @@ class APIKeyMiddleware:
                 return
             scope["user"] = key
             scope["auth"] = key.credentials
+            if scope["type"] in self._ended:
+                await self._run_live(key, scope, receive, send)
+                return
         await self.app(scope, receive, send)
+
+    async def _run_live(self, key: VerifiedKey, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the app for as long as *key* holds."""
+        realm = self._guard.settings.realm
+        with self._guard.watch(key) as connection:
+            try:
+                # It is watched from here on, and so must hold from here on.
+                await connection.look()
+                refusal: Refusal = InvalidToken("revoked meanwhile")
+            except Unavailable as error:
+                connection.ended.set()
+                refusal = error
+            if connection.ended.is_set():
+                await send_refusal(scope, receive, send, RefusalResponse(refusal, realm))
+            elif scope["type"] == "websocket":
+                await run_websocket(self.app, connection, scope, receive, send)
+            else:
+                await run_response(self.app, connection, scope, receive, send, realm=realm)
 
     async def _verify(self, scope: Scope) -> VerifiedKey:
         token = read_token(scope["headers"])

@@ -1,7 +1,17 @@
 """The store: keys and all that is kept about them, in SQLite or PostgreSQL."""
 
-from tfm_guard.store.feed import MARKED, FeedState
+from tfm_guard.store.feed import MARKED, FeedState, Member, Place
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import Account, PrefixTaken, Transaction
 
-__all__ = ["MARKED", "Account", "FeedState", "Installation", "PrefixTaken", "Store", "Transaction"]
+__all__ = [
+    "MARKED",
+    "Account",
+    "FeedState",
+    "Installation",
+    "Member",
+    "Place",
+    "PrefixTaken",
+    "Store",
+    "Transaction",
+]

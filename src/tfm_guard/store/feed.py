@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Update, and_, delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Update, and_, case, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.records import Change
@@ -16,17 +16,37 @@ MARKED: Final = -1
 _HEAD: Final = select(schema.feed.c.head).scalar_subquery()
 
 
+class Place(NamedTuple):
+    """What a process says of itself in the register.
+
+    It has applied the feed up to *seen*, and hears of changes on *link*, if on any. Of its writes
+    only one with a higher *turn* than the last is taken: one that comes late says what was once.
+    """
+
+    seen: int
+    link: str | None
+    turn: int
+
+
+class Member(NamedTuple):
+    """A process as the register has it."""
+
+    seen: int
+    link: str | None
+
+
 class FeedState(NamedTuple):
-    """The feed at one moment: its *head*, and *now*, the database's time."""
+    """The feed at one moment, for a process in the register."""
 
     head: int
-    now: datetime
+    now: datetime  # the database's time
+    turn: int  # of the place that the register has for the process
 
 
 async def register(connection: AsyncConnection, worker_id: UUID, name: str, now: datetime) -> None:
     """Enter a process that is about to cache. It has seen nothing yet."""
     await connection.execute(
-        insert(schema.workers).values(id=worker_id, name=name, seen=0, registered_at=now)
+        insert(schema.workers).values(id=worker_id, name=name, seen=0, turn=0, registered_at=now)
     )
 
 
@@ -39,30 +59,44 @@ async def state(
     connection: AsyncConnection, worker_id: UUID, now: ColumnElement[datetime]
 ) -> FeedState | None:
     """Return the feed's state, if the process is in the register."""
-    registered = exists().where(_is_registered(worker_id))
-    statement = select(schema.feed.c.head, now.label("now")).where(registered)
+    columns = (_HEAD.label("head"), now.label("now"), schema.workers.c.turn)
+    statement = select(*columns).where(_is_registered(worker_id))
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else FeedState(row.head, row.now)
+    return None if row is None else FeedState(*row)
 
 
 async def state_and_record(
-    connection: AsyncConnection, worker_id: UUID, seen: int
+    connection: AsyncConnection, worker_id: UUID, place: Place
 ) -> FeedState | None:
-    """Record what the process has applied; return the feed's state if it is in the register."""
+    """Record the *place* of a process; return the feed's state if it is in the register."""
     now = func.clock_timestamp(type_=schema.UtcDateTime()).label("now")
     # Where the head is lower, the database was set back, and what was seen is not what is there.
-    statement = _record(worker_id, seen).where(seen <= _HEAD).returning(_HEAD.label("head"), now)
+    statement = (
+        _record(worker_id, place)
+        .where(place.seen <= _HEAD)
+        .returning(_HEAD.label("head"), now, schema.workers.c.turn)
+    )
     row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else FeedState(row.head, row.now)
+    return None if row is None else FeedState(*row)
 
 
-async def record(connection: AsyncConnection, worker_id: UUID, seen: int) -> None:
-    """Record that the process has applied every change up to *seen*."""
-    await connection.execute(_record(worker_id, seen))
+async def record(connection: AsyncConnection, worker_id: UUID, place: Place) -> None:
+    """Record the *place* of a process, if it is in the register."""
+    await connection.execute(_record(worker_id, place))
 
 
-def _record(worker_id: UUID, seen: int) -> Update:
-    return update(schema.workers).where(_is_registered(worker_id)).values(seen=seen)
+def _record(worker_id: UUID, place: Place) -> Update:
+    workers = schema.workers.c
+    in_turn = workers.turn < place.turn
+    return (
+        update(schema.workers)
+        .where(_is_registered(worker_id))
+        .values(
+            seen=case((in_turn, place.seen), else_=workers.seen),
+            link=case((in_turn, place.link), else_=workers.link),
+            turn=case((in_turn, place.turn), else_=workers.turn),
+        )
+    )
 
 
 def _is_registered(worker_id: UUID) -> ColumnElement[bool]:
@@ -70,11 +104,11 @@ def _is_registered(worker_id: UUID) -> ColumnElement[bool]:
     return and_(workers.id == worker_id, workers.seen >= 0)
 
 
-async def read_register(connection: AsyncConnection) -> dict[UUID, int]:
-    """Return the registered processes, and up to where each has applied the feed."""
+async def read_register(connection: AsyncConnection) -> dict[UUID, Member]:
+    """Return the registered processes."""
     workers = schema.workers.c
-    rows = await connection.execute(select(workers.id, workers.seen))
-    return {row.id: row.seen for row in rows}
+    rows = await connection.execute(select(workers.id, workers.seen, workers.link))
+    return {row.id: Member(row.seen, row.link) for row in rows}
 
 
 async def strike_off(

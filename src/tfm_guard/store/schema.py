@@ -131,8 +131,10 @@ workers = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("name", Text, nullable=False),  # host and process id, for people
-    Column("run_id", Text),  # of the Redis server that its link is on
-    Column("seen", BigInteger, nullable=False),
+    # What a revoker must publish on for the process to hear of it, and to know that it does.
+    Column("link", Text),
+    Column("seen", BigInteger, nullable=False),  # it has applied the feed up to this change
+    Column("turn", BigInteger, nullable=False),  # which of its writes this row is
     Column("registered_at", UtcDateTime, nullable=False),
 )
 

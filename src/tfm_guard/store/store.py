@@ -12,7 +12,7 @@ from tfm_guard.clock import Clock
 from tfm_guard.records import ApiKey, Change, StoredKey
 from tfm_guard.store import feed, schema, upgrade
 from tfm_guard.store.database import Database
-from tfm_guard.store.feed import FeedState
+from tfm_guard.store.feed import FeedState, Member, Place
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.transaction import Transaction, is_active
 
@@ -34,8 +34,10 @@ class Installation(NamedTuple):
     id: str
     root_secret: bytes
     tag_key: bytes
-    lease: float  # seconds
-    poll_interval: float  # seconds
+    lease: float  # seconds that a read of the feed, or an answer on the link, counts
+    unfed: float  # seconds after the last read of the feed that the link alone counts
+    poll_interval: float  # seconds, while there is no link
+    linked_poll_interval: float  # seconds, while there is one
 
 
 class Store:
@@ -127,27 +129,27 @@ class Store:
         """Strike a process that has ceased to cache off the register."""
         await self._database.write(lambda connection: feed.unregister(connection, worker_id))
 
-    async def poll(self, worker_id: UUID, seen: int) -> FeedState | None:
+    async def poll(self, worker_id: UUID, place: Place) -> FeedState | None:
         """Return the state of the feed; none if the process is not in the register (any more).
 
-        On PostgreSQL this also records that the process has applied everything up to *seen*: a
-        server that cannot be written to, and so may be stale, fails it. SQLite has one file and
-        one writer at a time, so there it is a read.
+        On PostgreSQL this also records the *place* of the process: a server that cannot be written
+        to, and so may be stale, fails it. SQLite has one file and one writer at a time, so there
+        it is a read.
         """
 
         async def run(connection: AsyncConnection) -> FeedState | None:
             if self._database.dialect == "sqlite":
                 return await feed.state(connection, worker_id, self._now())
-            return await feed.state_and_record(connection, worker_id, seen)
+            return await feed.state_and_record(connection, worker_id, place)
 
         return await self._database.read_feed(run)
 
-    async def record_seen(self, worker_id: UUID, seen: int) -> None:
-        """Record that the process has applied every change up to *seen*."""
-        await self._database.write(lambda connection: feed.record(connection, worker_id, seen))
+    async def record_place(self, worker_id: UUID, place: Place) -> None:
+        """Record the *place* of the process."""
+        await self._database.write(lambda connection: feed.record(connection, worker_id, place))
 
-    async def read_register(self) -> dict[UUID, int]:
-        """Return the registered processes, and up to where each has applied the feed."""
+    async def read_register(self) -> dict[UUID, Member]:
+        """Return the registered processes."""
         return await self._database.read(feed.read_register)
 
     async def strike_off(
@@ -219,7 +221,9 @@ async def _read_installation(connection: AsyncConnection) -> Installation:
         root_secret=secrets["root"],
         tag_key=secrets["tag"],
         lease=float(shared["lease_seconds"]),
+        unfed=float(shared["unfed_seconds"]),
         poll_interval=float(shared["poll_seconds"]),
+        linked_poll_interval=float(shared["linked_poll_seconds"]),
     )
 
 

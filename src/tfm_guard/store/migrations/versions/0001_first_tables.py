@@ -95,8 +95,9 @@ def upgrade() -> None:
         "tfm_workers",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
-        sa.Column("run_id", sa.Text(), nullable=True),
+        sa.Column("link", sa.Text(), nullable=True),
         sa.Column("seen", sa.BigInteger(), nullable=False),
+        sa.Column("turn", sa.BigInteger(), nullable=False),
         sa.Column("registered_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tfm_workers")),
     )
@@ -140,6 +141,8 @@ def upgrade() -> None:
         [
             {"name": "installation_id", "value": uuid.uuid4().hex},
             {"name": "lease_seconds", "value": "2"},
+            {"name": "unfed_seconds", "value": "60"},
             {"name": "poll_seconds", "value": "0.25"},
+            {"name": "linked_poll_seconds", "value": "1"},
         ],
     )

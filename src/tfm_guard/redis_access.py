@@ -1,0 +1,136 @@
+"""The way to Redis or Valkey: pooled commands, and connections of one's own."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+from urllib.parse import parse_qs, urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from tfm_guard.errors import ConfigurationError
+
+# For a command and its answer, and for coming into connection.
+TIMEOUT_SECONDS: Final = 0.25
+_POOL_SIZE: Final = 16
+
+
+class Wire(Protocol):
+    """One connection to one server, which does not come back when it is lost."""
+
+    @property
+    def run_id(self) -> str:
+        """What the server calls itself since it started; no other ever has the same."""
+
+    async def send(self, *commands: Sequence[str | bytes]) -> None:
+        """Send *commands* together."""
+
+    async def receive(self) -> Any:
+        """Return the next reply or message, in the order in which the server sent them."""
+
+    async def close(self) -> None:
+        """End the connection."""
+
+
+class RedisAccess:
+    """The server at *url*. Raises `ConfigurationError` if that cannot be one."""
+
+    def __init__(self, url: str) -> None:
+        self._pool = _pool(url)
+        self.client = Redis.from_pool(self._pool)
+
+    async def connect(self) -> Wire:
+        """Return a new connection to a server that is a master, and of no cluster.
+
+        Raises `ConfigurationError` if it is of a cluster, another exception if there is no
+        connection to be had within `TIMEOUT_SECONDS`.
+        """
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                run_id = await _checked_run_id(connection)
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return _Wire(connection, run_id)
+
+    async def close(self) -> None:
+        """Close the pooled connections."""
+        await self.client.aclose()
+
+
+class _Wire:
+    def __init__(self, connection: AbstractConnection, run_id: str) -> None:
+        self.run_id = run_id
+        self._connection = connection
+
+    async def send(self, *commands: Sequence[str | bytes]) -> None:
+        # The library would connect again by itself, and so hide that messages were lost.
+        if not self._connection.is_connected:
+            raise ConnectionError("the connection was lost")
+        packed = self._connection.pack_commands(commands)
+        await self._connection.send_packed_command(packed, check_health=False)
+
+    async def receive(self) -> Any:
+        if not self._connection.is_connected:
+            raise ConnectionError("the connection was lost")
+        return await self._connection.read_response(disable_decoding=True, timeout=math.inf)
+
+    async def close(self) -> None:
+        await self._connection.disconnect(nowait=True)
+
+
+async def _checked_run_id(connection: AbstractConnection) -> str:
+    """Return the server's run id; raise unless it is a master, and of no cluster."""
+    commands = [("ROLE",), ("INFO", "server"), ("INFO", "cluster")]
+    await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+    role, server, cluster = [
+        await connection.read_response(disable_decoding=True, timeout=math.inf) for _ in commands
+    ]
+    if _field(cluster, b"cluster_enabled") == "1":
+        raise ConfigurationError(
+            "TFM_GUARD_REDIS_URL: Redis Cluster is not supported; use a single master, with "
+            "replicas and Sentinel if it must fail over"
+        )
+    if role[0] != b"master":
+        raise ConnectionError(f"this Redis is a {role[0]!r}; the URL must lead to the master")
+    return _field(server, b"run_id")
+
+
+def _field(info: bytes, name: bytes) -> str:
+    """Return one field of what INFO answers."""
+    for line in info.splitlines():
+        key, _, value = line.partition(b":")
+        if key == name:
+            return value.decode("ascii")
+    raise ConnectionError(f"this Redis does not tell its {name.decode()}")
+
+
+def _pool(url: str) -> BlockingConnectionPool:
+    options = parse_qs(urlsplit(url).query)
+    if any(not option.startswith("ssl_") for option in options):
+        raise ConfigurationError(
+            "TFM_GUARD_REDIS_URL: only options for TLS, ssl_…, may follow the ?; the others are "
+            "what this library depends on"
+        )
+    try:
+        return BlockingConnectionPool.from_url(
+            url,
+            max_connections=_POOL_SIZE,
+            timeout=TIMEOUT_SECONDS,
+            socket_timeout=TIMEOUT_SECONDS,
+            socket_connect_timeout=TIMEOUT_SECONDS,
+            # The deadline and the breaker are the only say in what is tried again.
+            retry=Retry(NoBackoff(), 0),
+            protocol=2,
+            client_name="tfm-guard",
+        )
+    except ValueError:
+        # The message of the original may quote the URL, and with it a password.
+        raise ConfigurationError(
+            "TFM_GUARD_REDIS_URL is no URL of Redis; expected redis://HOST:PORT/0 or rediss://…"
+        ) from None
