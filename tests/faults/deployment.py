@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from tests.support.api import Answer, call
 from tests.support.background import Background
-from tests.support.guards import create, new_guard, prepare
+from tests.support.guards import create, new_guard
 from tests.support.postgres import PostgresServer
 from tests.support.redis import RedisServer
 from tests.support.rough_way import SMOOTH, Conduct, RoughWay
@@ -229,24 +229,25 @@ class Deployment:
         self.on_all("mend")
 
     def is_well(self, token: str) -> bool:
-        """Tell whether every worker accepts *token*, is fresh, and uses Redis if there is one."""
+        """Tell whether every worker accepts *token*, is fresh, and has its link if there is one."""
         for worker in self.workers:
             state = worker.state()
-            if not state["fresh"] or state["redis_in_use"] != self.shape.redis:
+            with_redis = {state["redis_in_use"], state["linked"]}
+            if not state["fresh"] or with_redis != {self.shape.redis}:
                 return False
             if worker.call("GET", "/whoami", token).status != 200:
                 return False
         return True
 
     async def _prepare(self) -> str:
-        await prepare(self.url, lease=2.0, poll=0.25)
+        async with new_guard(self.url) as guard:
+            first = await create(guard, scopes=_SCOPES)
         if self.shape.unfed is not None:
             row = schema.settings.c.name == "unfed_seconds"
             execute(
                 self.url, schema.settings.update().where(row).values(value=str(self.shape.unfed))
             )
-        async with new_guard(self.url) as guard:
-            return (await create(guard, scopes=_SCOPES)).token
+        return first.token
 
     def _new_worker(self) -> Worker:
         ways = {"database": RoughWay(self.background, self.postgres.port)}

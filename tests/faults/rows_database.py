@@ -239,8 +239,10 @@ def _first_start(stage: Stage) -> None:
         check=False,
     )
     stage.notes.append(f"{len(urls)} first starts")
-    lines = done.stderr.splitlines()
-    stage.expect(done.returncode == 0, f"not all started: {lines[-1] if lines else ''}")
+    # What a process that could not start says stands before what that meant to the others.
+    errors = [line for line in done.stderr.splitlines() if "Error" in line or "tfm_guard." in line]
+    error = next((line for line in errors if "Barrier" not in line), "")
+    stage.expect(done.returncode == 0, f"not all started: {error}")
     for url in urls:
         feeds = execute(url, select(schema.feed)) if done.returncode == 0 else [None]
         stage.expect(len(feeds) == 1, f"{len(feeds)} feeds where one belongs")
@@ -365,7 +367,7 @@ def _cancelled(stage: Stage) -> None:
     cancelled, leaked, wrong = done
     stage.notes.append(f"cancelled at {cancelled} points")
     stage.expect(leaked == 0, f"{leaked} connections were not given back")
-    stage.expect(wrong == 0, f"{wrong} keys neither active nor revoked for good")
+    stage.expect(wrong == 0, f"{wrong} keys were half revoked")
     if cancelled < 10:
         stage.untried.append(f"cancelled only {cancelled} times")
 
@@ -384,7 +386,8 @@ async def _cancel_at_each_step(url: str, off: str, *, every: int) -> tuple[int, 
                 leaked = await _checked_out(guard)
                 if leaked:
                     break
-                wrong += not await _is_consistent(guard, created)
+                wrong += await asyncio.to_thread(_is_half_revoked, url, created)
+                wrong += not await _ends(guard, created)
         finally:
             if undo:
                 undo()
@@ -414,7 +417,20 @@ async def _checked_out(guard: Guard) -> int:
     return in_use
 
 
-async def _is_consistent(guard: Guard, created: CreatedKey) -> bool:
+def _is_half_revoked(url: str, created: CreatedKey) -> bool:
+    """Tell whether the key's row says something else about its revocation than the feed."""
+    prefix = created.key.key_prefix
+    (row,) = execute(url, schema.keys.select().where(schema.keys.c.prefix == prefix))
+    told = execute(
+        url,
+        schema.changes.select().where(
+            schema.changes.c.prefix == prefix, schema.changes.c.kind == "revoked"
+        ),
+    )
+    return (row.revoked_at is not None) != bool(told)
+
+
+async def _ends(guard: Guard, created: CreatedKey) -> bool:
     """Tell whether revoking the key (again) ends it, as if nothing had been."""
     with contextlib.suppress(KeyNotFound):  # confirmed, just before it was cancelled
         await guard.keys.revoke("acme", created.key.id)
@@ -487,7 +503,7 @@ ROWS = [
         name="revoking cancelled at each of its steps",
         promise="the key is revoked or it is not; no connection is lost",
         trial=_cancelled,
-        off="no_return",
+        off="commits_early",
         shape=_NO_REDIS,
     ),
     Row(

@@ -118,6 +118,7 @@ def _state() -> dict[str, Any]:
         **{name: getattr(_guard.counters, name) for name in _guard.counters.__struct_fields__},
         "fresh": freshness.is_fresh(),
         "redis_in_use": shared is not None and shared._breaker.closed,  # noqa: SLF001
+        "linked": freshness._link_counts,  # noqa: SLF001
         "reached": any(failpoint.reached for failpoint in _failpoints),
         "resident": resident,
         "connections": sum(

@@ -5,6 +5,7 @@ A test of a rule proves something only if it fails without the rule. These are f
 """
 
 import asyncio
+import contextlib
 import math
 import os
 from collections.abc import Awaitable, Callable
@@ -14,9 +15,18 @@ from typing import Any, Final
 import msgspec
 import sqlalchemy
 from sqlalchemy import insert, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from tfm_guard import coalescer, confirmation, freshness, reader, records, shared_cache, verifier
+from tfm_guard import (
+    coalescer,
+    confirmation,
+    freshness,
+    link,
+    reader,
+    records,
+    redis_access,
+    shared_cache,
+    verifier,
+)
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.local_cache import LocalCache
 from tfm_guard.store import database, schema, store, transaction, upgrade
@@ -50,9 +60,15 @@ def both(*undos: Undo) -> Undo:
 
 
 def no_wait() -> Undo:
-    """Revoking returns as soon as it is committed."""
+    """Revoking tells the others, and returns without having heard of them."""
+    former = confirmation.Confirmation.wait
+    telling = set()
 
-    async def wait(_self: Any, _change: Any) -> records.Revocation:
+    async def wait(self: Any, *args: Any, **options: Any) -> records.Revocation:
+        task = asyncio.ensure_future(former(self, *args, **options))
+        telling.add(task)
+        task.add_done_callback(telling.discard)
+        await asyncio.sleep(0)
         return records.Revocation(how="acknowledged", workers=0, seconds=0.0)
 
     return put(confirmation.Confirmation, "wait", wait)
@@ -211,10 +227,13 @@ def no_joining() -> Undo:
 def no_role_check() -> Undo:
     """Any Redis will do, a replica too."""
 
-    async def probe(self: Any) -> None:
-        await self._redis.ping()
+    async def run_id(connection: Any) -> str:
+        command = connection.pack_commands([("INFO", "server")])
+        await connection.send_packed_command(command, check_health=False)
+        info = await connection.read_response(disable_decoding=True, timeout=math.inf)
+        return redis_access._field(info, b"run_id")  # noqa: SLF001  # what it replaces uses it
 
-    return put(shared_cache.SharedCache, "_probe", probe)
+    return put(redis_access, "_checked_run_id", run_id)
 
 
 def any_format() -> Undo:
@@ -271,18 +290,77 @@ def numbers_early() -> Undo:
     return put(transaction.Transaction, "append_changes", append_changes)
 
 
-def no_return() -> Undo:
-    """A connection whose user was cancelled is not given back."""
-    former = AsyncConnection.__aexit__
-    kept = []
+def no_publishing() -> Undo:
+    """Nobody is told of a change but through the feed."""
 
-    async def leave(self: Any, kind: Any, error: Any, traceback: Any) -> None:
-        if kind is asyncio.CancelledError:
-            kept.append(self)  # or the garbage collector would give it back
-        else:
-            await former(self, kind, error, traceback)
+    async def tell(_self: Any, *_: Any, **__: Any) -> str:
+        raise ConnectionError("this process publishes nothing")
 
-    return put(AsyncConnection, "__aexit__", leave)
+    return put(link.Link, "tell", tell)
+
+
+def no_link_seal() -> Undo:
+    """What is published is believed whoever did it."""
+    return put(link, "compare_digest", lambda _one, _other: True)
+
+
+def no_unfed() -> Undo:
+    """The link counts for ever after the feed was last read."""
+    def get(self: Any) -> Any:
+        return self.__dict__["_installation"]._replace(unfed=math.inf)
+
+    def set_value(self: Any, value: Any) -> None:
+        self.__dict__["_installation"] = value
+
+    return put(freshness.Freshness, "_installation", property(get, set_value))
+
+
+def lease_is_enough() -> Undo:
+    """Whoever revokes a key takes a lease for long enough, whatever the others hear of."""
+
+    def end_of_trust(self: Any, _worker: Any, _member: Any) -> float:
+        end: float = self.started + self._wait
+        return end
+
+    return put(confirmation.Watch, "_end_of_trust", end_of_trust)
+
+
+def any_link() -> Undo:
+    """What was published on one server counts as told on every other."""
+
+    def told(self: Any, _link: str, _struck_off: Any = None) -> float | None:
+        return min(self._told.values(), default=None)
+
+    return put(confirmation.Telling, "told", told)
+
+
+def handler_raises() -> Undo:
+    """Handling a message fails: no rule taken out, but a fault that the rules are for."""
+
+    def handle(_self: Any, _payload: bytes) -> None:
+        raise RuntimeError("a fault that the tests made")
+
+    return put(link.Link, "_handle_message", handle)
+
+
+def dies_silently() -> Undo:
+    """A message that cannot be handled is passed over."""
+    former = link.Link._handle
+
+    def handle(self: Any, frame: Any) -> None:
+        with contextlib.suppress(RuntimeError):
+            former(self, frame)
+
+    return put(link.Link, "_handle", handle)
+
+
+def joins_blindly() -> Undo:
+    """A process that registers does not ask for the changes made before."""
+
+    async def recent_changes(_self: Any, *_: Any) -> list[Any]:
+        return []
+
+    return put(store.Store, "recent_changes", recent_changes)
 
 
 def ack_regardless() -> Undo:
@@ -325,7 +403,14 @@ BREAKS: Final[dict[str, Callable[[], Undo]]] = {
         other_format,
         commits_early,
         numbers_early,
-        no_return,
+        no_publishing,
+        no_link_seal,
+        no_unfed,
+        lease_is_enough,
+        any_link,
+        handler_raises,
+        dies_silently,
+        joins_blindly,
         ack_regardless,
     )
 }
