@@ -38,5 +38,7 @@ class SystemClock:
         if unless is None:
             await asyncio.sleep(seconds)
         else:
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(unless.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await unless.wait()
