@@ -355,12 +355,19 @@ def dies_silently() -> Undo:
 
 
 def joins_blindly() -> Undo:
-    """A process that registers does not ask for the changes made before."""
+    """A process that registers does not ask what was before, and believes what is older."""
 
     async def recent_changes(_self: Any, *_: Any) -> list[Any]:
         return []
 
-    return put(store.Store, "recent_changes", recent_changes)
+    return both(
+        put(store.Store, "recent_changes", recent_changes),
+        put(
+            freshness.Freshness,
+            "sealed_after",
+            property(lambda _self: -math.inf, lambda _self, _value: None),
+        ),
+    )
 
 
 def ack_regardless() -> Undo:
