@@ -37,6 +37,7 @@ def test_these_are_the_commands() -> None:
         ("demo",),
         ("keys",),
         ("keys", "create"),
+        ("prove",),
     }
 
 
@@ -57,9 +58,9 @@ def test_every_command_has_help(path: tuple[str, ...]) -> None:
 
 
 def test_the_exit_codes_are_in_the_help() -> None:
-    """The codes 0 to 3 and 130 stand at the end of `tfm-guard --help`, one a line."""
+    """The codes 0 to 4 and 130 stand at the end of `tfm-guard --help`, one a line."""
     _, _, listed = CliRunner().invoke(main, ["--help"]).stdout.partition("Exit codes:\n")
-    assert [line.split()[0] for line in listed.splitlines()] == ["0", "1", "2", "3", "130"]
+    assert [line.split()[0] for line in listed.splitlines()] == ["0", "1", "2", "3", "4", "130"]
 
 
 def test_help_waits_for_nothing_heavy() -> None:

@@ -284,7 +284,7 @@ async def test_a_cut_off_process_asks_the_database(one: Guard, another: Guard) -
     await another.verify(created.token)
     freshness_of(another).fresh_until = 0.0  # its lease has ended
     one_lease = one.keys._confirmation  # noqa: SLF001
-    one_lease._wait = 0.0  # noqa: SLF001  # and so long one need not wait
+    one_lease._lease = 0.0  # noqa: SLF001  # and so long one need not wait
     revocation = await one.keys.revoke("acme", created.key.id)
     assert revocation.how == "lease"
     assert is_revoked(one, created.key.id)

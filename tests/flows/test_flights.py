@@ -230,7 +230,7 @@ async def test_a_request_after_revoking_elsewhere_without_a_lease(
     before = ask(guard, created)
     await gate.holds_one()
     held = gate.let_through_later_ones()
-    other.keys._confirmation._wait = 0.0  # noqa: SLF001  # its lease has ended already
+    other.keys._confirmation._lease = 0.0  # noqa: SLF001  # its lease has ended already
     assert (await other.keys.revoke("acme", created.key.id)).how == "lease"
     after = ask(guard, created)
     held.set()  # the request created before has its turn before it takes effect

@@ -184,8 +184,8 @@ def test_every_command_is_named() -> None:
     rows = table(page, "command", "what it does")
     assert {re.split(r" -| [A-Z]", row[0])[0] for row in rows} == existing
     options = set(re.findall(r"--[a-z][a-z-]+", page))
-    params = [p for c in ("keys create", "demo", "accounts set-plan") for p in _options(c)]
-    assert options == set(params)
+    paths = ("keys create", "demo", "accounts set-plan", "prove")
+    assert options == {option for path in paths for option in _options(path)}
 
 
 def _options(path: str) -> list[str]:

@@ -11,6 +11,7 @@ from tfm_guard.cli.database import db
 from tfm_guard.cli.demo import demo
 from tfm_guard.cli.failures import Program
 from tfm_guard.cli.keys import keys
+from tfm_guard.cli.prove import prove
 
 __all__ = ["main"]
 
@@ -30,7 +31,8 @@ Exit codes:
   0  done
   1  refused or failed; stderr says why
   2  the command line could not be read
-  3  the database cannot be used now; try again
+  3  cannot be done, or be shown, now; try again
+  4  prove: a deleted key was accepted, or a valid one refused
 130  ended by Ctrl-C before it was done
 """,
 )
@@ -39,5 +41,5 @@ def main() -> None:
     """Manage API keys: the words for `--help` stand above."""
 
 
-for command in (accounts, db, demo, keys):
+for command in (accounts, db, demo, keys, prove):
     main.add_command(command)

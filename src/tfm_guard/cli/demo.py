@@ -5,20 +5,20 @@ import http.client
 import importlib.util
 import json
 import os
-import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 import click
 
 from tfm_guard.cli.failures import Failure, NotNow, failure, is_lasting
+from tfm_guard.cli.signals import enter, take_signals
 from tfm_guard.clock import SystemClock
 from tfm_guard.errors import ConfigurationError, GuardError, SchemaError, Unavailable
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from tfm_guard.guard import Guard
 
-T = TypeVar("T")
-
-_ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 _ACCOUNT: Final = "demo"
 _FILE: Final = "demo.db"  # no name that an application's own database is likely to have
 _SECONDS: Final = 10.0  # within which a server answers, or the demo fails
@@ -75,18 +72,18 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
     Ctrl-C; its exit code is 1 if a request was not answered as it must be.
     """
     with ExitStack() as undo:
-        _take_signals(undo)
+        take_signals(undo)
         kept = "kept" if folder else "removed at the end"
         if folder is None:
-            folder = Path(_enter(undo, tempfile.TemporaryDirectory(prefix="tfm-guard-demo-")))
+            folder = Path(enter(undo, tempfile.TemporaryDirectory(prefix="tfm-guard-demo-")))
         _make_folder(folder)
-        listeners = [_enter(undo, _listen(number)) for number in (port, 0)]
+        listeners = [enter(undo, _listen(number)) for number in (port, 0)]
         with _in_our_words(folder):
             _set_variables(folder, redis)
             managing_token = _managing_token()
             examples = [_load_example(), _load_example()]
         pairs = zip(examples, listeners, strict=True)
-        servers = [_enter(undo, _serve(*pair)) for pair in pairs]
+        servers = [enter(undo, _serve(*pair)) for pair in pairs]
         addresses = [f"http://127.0.0.1:{where.getsockname()[1]}" for where in listeners]
         click.echo(
             f"Serving the example at {addresses[0]} and, a second server, at {addresses[1]},\n"
@@ -104,25 +101,6 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
                 _say_what_next(addresses[0], managing_token)
                 for server in servers:
                     server.join()
-
-
-def _take_signals(undo: ExitStack) -> None:
-    """Have Ctrl-C and SIGTERM end the demo so that it leaves nothing behind.
-
-    Both may be ignored so far: shells start what runs in the background like that.
-    """
-    for number in _ENDING:
-        undo.callback(signal.signal, number, signal.getsignal(number))
-        signal.signal(number, signal.default_int_handler)
-
-
-def _enter(undo: ExitStack, context: AbstractContextManager[T]) -> T:
-    """Enter *context*, to be left at the end: signals wait, or one could come between the two."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    try:
-        return undo.enter_context(context)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def _make_folder(folder: Path) -> None:
