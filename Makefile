@@ -7,7 +7,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock test-floors clean
+.PHONY: help demo test faults check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -18,6 +18,9 @@ demo: .venv/.ready ## Serve the example on this machine (ARGS="--port 9000").
 
 test: .venv/.ready ## Run the whole test suite (ARGS="-k revoke").
 	@.venv/bin/python -m pytest $(ARGS)
+
+faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
+	@.venv/bin/python -m tests.faults $(ARGS)
 
 check: .venv/.ready ## Lint; check the formatting, the types and the floors (who imports whom).
 	@.venv/bin/ruff check

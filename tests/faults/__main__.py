@@ -22,7 +22,7 @@ HEADINGS = (
 def main(numbers: list[str]) -> int:
     """Try the rows with these *numbers*, or all; return the exit status."""
     chosen = [row for row in ROWS if not numbers or str(row.number) in numbers]
-    print(" | ".join(HEADINGS), flush=True)
+    _print(" | ".join(HEADINGS))
     failed = 0
     with Background() as background:
         servers = Servers(background)
@@ -33,12 +33,17 @@ def main(numbers: list[str]) -> int:
                 result = theatre.try_row(row)
                 failed += bool(result.faults)
                 seconds = time.monotonic() - began
-                print(" | ".join(result.cells()), f"({seconds:.0f} s)", flush=True)
+                _print(f"{' | '.join(result.cells())} ({seconds:.0f} s)")
         finally:
             theatre.close()
             servers.close()
-    print(f"{len(chosen) - failed} of {len(chosen)} hold")
+    _print(f"{len(chosen) - failed} of {len(chosen)} hold")
     return 1 if failed else 0
+
+
+def _print(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Told(NamedTuple):
 
 
 class Servers:
-    """The servers of one run: PostgreSQL, Redis, and another Redis for those faults that need it."""
+    """The servers of one run: PostgreSQL and Redis."""
 
     def __init__(self, background: Background) -> None:
         self.background = background
@@ -86,9 +86,7 @@ class Worker(UvicornProcess):
         super().__init__(APP, env=env, extra_args=quiet, ready_path="/control/state")
         self.ways = ways
 
-    def call(
-        self, method: str, path: str, token: str | None = None, body: object = None
-    ) -> Answer:
+    def call(self, method: str, path: str, token: str | None = None, body: object = None) -> Answer:
         """Send one request."""
         return call(self.url, method, path, token=token, body=body)
 
@@ -172,9 +170,7 @@ class Deployment:
 
     def is_revoked(self, key: Key) -> bool:
         """Tell whether the key's row in the database says so."""
-        (row,) = execute(
-            self.url, schema.keys.select().where(schema.keys.c.prefix == key.prefix)
-        )
+        (row,) = execute(self.url, schema.keys.select().where(schema.keys.c.prefix == key.prefix))
         return row.revoked_at is not None
 
     def create_key(self, by: int = 0) -> Key:
@@ -294,5 +290,3 @@ def until(condition: Callable[[], bool], what: str, seconds: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-

@@ -52,9 +52,7 @@ def _killed_and_cold(stage: Stage) -> None:
     for worker in range(len(stage.deployment.workers)):
         _check_unavailable(stage, worker)
     stage.deployment.postgres.start()
-    accepted = until(
-        lambda: stage.deployment.ask(0, stage.cold.token).status == 200, "a 200", 5.0
-    )
+    accepted = until(lambda: stage.deployment.ask(0, stage.cold.token).status == 200, "a 200", 5.0)
     stage.expect(accepted, "not accepted 5 s after")
     check_revoked(stage)
     stage.watch(1.0)
@@ -409,8 +407,9 @@ async def _revoke_for(guard: Guard, created: CreatedKey, steps: int) -> bool:
 async def _checked_out(guard: Guard) -> int:
     """Return how many connections are still in use when those at work have had time to end."""
     database: Any = store_of(guard)._database  # noqa: SLF001  # nothing else leads inside
+    in_use = 0
     for _ in range(200):
-        in_use: int = database._writer.pool.checkedout()  # noqa: SLF001
+        in_use = database._writer.pool.checkedout()  # noqa: SLF001
         if not in_use:
             return 0
         await asyncio.sleep(0.01)

@@ -66,9 +66,7 @@ def _healthy(stage: Stage) -> None:
     took.sort()
     p50, p99 = took[len(took) // 2], took[len(took) * 99 // 100]
     stage.took, stage.how = p50, " and ".join(sorted(hows))
-    stage.notes.append(
-        f"{trials} trials: p50 {p50 * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms"
-    )
+    stage.notes.append(f"{trials} trials: p50 {p50 * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms")
     stage.accepted += accepted
     stage.expect(accepted == 0, f"{accepted} accepted after return")
     stage.expect(p50 <= 0.005, f"p50 {p50 * 1000:.1f} ms")
@@ -170,9 +168,7 @@ def _flooded(stage: Stage) -> None:
         rate = each / (time.monotonic() - flooded)
         check_revoked(stage, _LINK_SECONDS)
         stage.watch(1.0)
-    stage.notes.append(
-        f"{rate:.0f} forged/s: p99 {before * 1000:.1f} -> {during * 1000:.1f} ms"
-    )
+    stage.notes.append(f"{rate:.0f} forged/s: p99 {before * 1000:.1f} -> {during * 1000:.1f} ms")
     stage.expect(during <= 1.2 * before, f"p99 grew from {before:.4f} to {during:.4f} s")
     stage.end()
 
@@ -269,7 +265,7 @@ def _with_redis_only(stage: Stage) -> None:
 def _check_not_before_unfed(stage: Stage) -> None:
     """Revoke, and again as often as the answer is that it is not confirmed."""
     began = time.monotonic()
-    statuses = []
+    statuses: list[int] = []
     while not statuses or statuses[-1] == 503:
         statuses.append(stage.revoke().status)
         if time.monotonic() - began > _UNFED_SECONDS + 10:

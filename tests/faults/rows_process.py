@@ -89,9 +89,7 @@ def _fill_held_back(stage: Stage) -> None:
     """A read of the key is held between the database and memory while the key is revoked."""
     stage.begin()
     stage.deployment.workers[1].control("failpoint", point="key read", does="hold")
-    held = until(
-        lambda: bool(stage.deployment.workers[1].state()["reached"]), "the point", 2.0
-    )
+    held = until(lambda: bool(stage.deployment.workers[1].state()["reached"]), "the point", 2.0)
     if not held:
         stage.untried.append("no read was held")
     check_revoked(stage)

@@ -194,6 +194,7 @@ def _pointed_at_replica(stage: Stage) -> None:
 
 def _delayed(stage: Stage) -> None:
     stage.begin()
+    later = 0.0
     for delay, most in ((0.02, 0.2), (0.1, 0.4), (0.5, 0.4)):
         began = time.monotonic()
         # Half of it there and half of it back.

@@ -13,6 +13,7 @@ from tests.faults.load import REVOKED, VALID, Answer, Load
 _ACCEPTED_BEFORE: Final = 50
 _ASKED_PER_SECOND: Final = 200
 _VALID_SHARE: Final = 0.99
+USUAL: Final = Shape()
 _RECOVERY_SECONDS: Final = 5.0
 _WARM_SECONDS: Final = 20.0
 
@@ -56,8 +57,7 @@ class Stage:
         load = self.load
         warm = until(
             lambda: all(
-                load.count(worker, REVOKED, 200) >= _ACCEPTED_BEFORE
-                for worker in range(len(ports))
+                load.count(worker, REVOKED, 200) >= _ACCEPTED_BEFORE for worker in range(len(ports))
             ),
             "every worker accepts the key",
             _WARM_SECONDS,
@@ -123,10 +123,17 @@ class Stage:
         return sum(answer.status == status for answer in answers)
 
     def latency(
-        self, quantile: float, *, since: float, key: str = VALID, workers: tuple[int, ...] | None = None
+        self,
+        quantile: float,
+        *,
+        since: float,
+        key: str = VALID,
+        workers: tuple[int, ...] | None = None,
     ) -> float:
         """Return a quantile of the seconds that requests started after *since* took."""
-        took = [each.ended - each.started for each in self.answers(key, since=since, workers=workers)]
+        took = [
+            each.ended - each.started for each in self.answers(key, since=since, workers=workers)
+        ]
         return sorted(took)[math.ceil(quantile * len(took)) - 1] if took else math.inf
 
     def _check_asked(self, worker: int, since: float, stopped: float) -> None:
@@ -155,7 +162,7 @@ class Row:
     promise: str
     trial: Callable[[Stage], None]
     off: str  # the defence that is switched off to show that the trial then fails
-    shape: Shape = Shape()
+    shape: Shape = USUAL
 
 
 @dataclass(frozen=True)

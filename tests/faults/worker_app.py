@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -78,34 +79,56 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await _management(scope, receive, send)
     elif path.startswith("/control/"):
         options = dict(parse_qsl(scope["query_string"].decode()))
-        content = json.dumps(await _control(path.removeprefix("/control/"), options))
+        content = json.dumps(_control(path.removeprefix("/control/"), options))
         await _send(send, 200, content.encode())
     else:
         await _protected(scope, receive, send)
 
 
-async def _control(action: str, options: dict[str, str]) -> Any:
-    match action:
-        case "break":
-            _undos.append(BREAKS[options["name"]]())
-        case "mend":
-            while _undos:
-                _undos.pop()()
-            while _failpoints:
-                _failpoints.pop().remove()
-            _clock.shift = 0.0
-        case "failpoint":
-            _failpoints.append(Failpoint(options["point"], dies=options["does"] == "die"))
-        case "release":
-            for failpoint in _failpoints:
-                failpoint.release()
-        case "stall":
-            asyncio.get_running_loop().call_soon(time.sleep, float(options["seconds"]))
-        case "clock":
-            _clock.shift = float(options["shift"])
-        case "state":
-            return _state()
-    return None
+def _control(action: str, options: dict[str, str]) -> Any:
+    """Do what *action* says, and tell what it asks for."""
+    if action == "state":
+        return _state()
+    return _ACTIONS[action](**options)
+
+
+def _break(name: str) -> None:
+    _undos.append(BREAKS[name]())
+
+
+def _mend() -> None:
+    while _undos:
+        _undos.pop()()
+    while _failpoints:
+        _failpoints.pop().remove()
+    _clock.shift = 0.0
+
+
+def _fail_at(point: str, does: str) -> None:
+    _failpoints.append(Failpoint(point, dies=does == "die"))
+
+
+def _release() -> None:
+    for failpoint in _failpoints:
+        failpoint.release()
+
+
+def _stall(seconds: str) -> None:
+    asyncio.get_running_loop().call_soon(time.sleep, float(seconds))
+
+
+def _set_clock(shift: str) -> None:
+    _clock.shift = float(shift)
+
+
+_ACTIONS: Final[dict[str, Callable[..., None]]] = {
+    "break": _break,
+    "mend": _mend,
+    "failpoint": _fail_at,
+    "release": _release,
+    "stall": _stall,
+    "clock": _set_clock,
+}
 
 
 def _state() -> dict[str, Any]:

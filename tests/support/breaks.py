@@ -177,9 +177,7 @@ def unavailable_is_no() -> Undo:
 
 def no_deadline() -> Undo:
     """A request waits for the database for as long as it takes."""
-    return both(
-        put(database, "READ_SECONDS", 3600.0), put(verifier, "DEADLINE_SECONDS", 3600.0)
-    )
+    return both(put(database, "READ_SECONDS", 3600.0), put(verifier, "DEADLINE_SECONDS", 3600.0))
 
 
 def no_retry() -> Undo:
@@ -306,6 +304,7 @@ def no_link_seal() -> Undo:
 
 def no_unfed() -> Undo:
     """The link counts for ever after the feed was last read."""
+
     def get(self: Any) -> Any:
         return self.__dict__["_installation"]._replace(unfed=math.inf)
 
@@ -345,7 +344,7 @@ def handler_raises() -> Undo:
 
 def dies_silently() -> Undo:
     """A message that cannot be handled is passed over."""
-    former = link.Link._handle
+    former = link.Link._handle  # noqa: SLF001  # what it replaces
 
     def handle(self: Any, frame: Any) -> None:
         with contextlib.suppress(RuntimeError):

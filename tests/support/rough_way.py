@@ -116,8 +116,7 @@ class RoughWay:
         while data := await reader.read(_CHUNK_BYTES):
             connection.is_link = connection.is_link or b"SUBSCRIBE" in data
             await self._delay(connection)
-            while self._conduct_for(connection).holds_requests:
-                await asyncio.sleep(_TICK_SECONDS)
+            await self._hold(connection, "holds_requests")
             drops = self._conduct_for(connection).drops
             if drops is not None and drops in data:
                 continue
@@ -129,8 +128,7 @@ class RoughWay:
     async def _pass_answers(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
         while data := await reader.read(_CHUNK_BYTES):
             await self._delay(connection)
-            while self._conduct_for(connection).holds_answers:
-                await asyncio.sleep(_TICK_SECONDS)
+            await self._hold(connection, "holds_answers")
             conduct = self._conduct_for(connection)
             if conduct.resets_after is not None:
                 connection.client.write(data[: conduct.resets_after])
@@ -144,6 +142,11 @@ class RoughWay:
                     await asyncio.sleep(size / conduct.bytes_per_second)
         if connection.client.can_write_eof():
             connection.client.write_eof()
+
+    async def _hold(self, connection: _Connection, what: str) -> None:
+        # Not an event: the conduct is set by other threads, whole.
+        while getattr(self._conduct_for(connection), what):  # noqa: ASYNC110
+            await asyncio.sleep(_TICK_SECONDS)
 
     async def _delay(self, connection: _Connection) -> None:
         conduct = self._conduct_for(connection)

@@ -1,0 +1,33 @@
+"""Facts about servers under faults: the most telling ones. `make faults` tries all."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.deployment import Servers
+from tests.faults.rows import ROWS
+from tests.faults.trial import Row, Theatre
+from tests.support.background import Background
+
+# Of each kind some, and those that count requests and not milliseconds.
+TELLING = {2, 3, 11, 25, 35, 41, 44, 57, 60, 63}
+
+
+@pytest.fixture(scope="module")
+def theatre() -> Iterator[Theatre]:
+    """Try rows one after the other, on as few deployments as possible."""
+    with Background() as background:
+        servers = Servers(background)
+        theatre = Theatre(servers, full=False)
+        yield theatre
+        theatre.close()
+        servers.close()
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=f"F{row.number}") for row in ROWS if row.number in TELLING]
+)
+def test_nothing_is_accepted_after_revoking_returned(row: Row, theatre: Theatre) -> None:
+    """Under the fault the promise is kept, and it is not once its defence is switched off."""
+    result = theatre.try_row(row)
+    assert result.faults == [], row.promise
