@@ -10,6 +10,7 @@ from multiprocessing.synchronize import Barrier
 
 from tests.support.breaks import BREAKS
 from tests.support.guards import new_guard
+from tfm_guard.errors import GuardError
 
 _PROCESSES = 8
 
@@ -34,9 +35,9 @@ def _open_all(name: str, urls: list[str], barrier: Barrier) -> None:
     try:
         for url in urls:
             asyncio.run(_open(url, barrier))
-    except BaseException:
+    except GuardError as error:
         barrier.abort()  # the others must not wait for this one
-        raise
+        sys.exit(f"Error: {getattr(error, 'reason', error)}")
 
 
 async def _open(url: str, barrier: Barrier) -> None:

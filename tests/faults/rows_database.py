@@ -237,9 +237,7 @@ def _first_start(stage: Stage) -> None:
         check=False,
     )
     stage.notes.append(f"{len(urls)} first starts")
-    # What a process that could not start says stands before what that meant to the others.
-    errors = [line for line in done.stderr.splitlines() if "Error" in line or "tfm_guard." in line]
-    error = next((line for line in errors if "Barrier" not in line), "")
+    error = next((line for line in done.stderr.splitlines() if line.startswith("Error: ")), "")
     stage.expect(done.returncode == 0, f"not all started: {error}")
     for url in urls:
         feeds = execute(url, select(schema.feed)) if done.returncode == 0 else [None]

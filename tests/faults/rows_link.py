@@ -11,7 +11,7 @@ import msgspec
 
 from tests.faults.deployment import Shape, until
 from tests.faults.load import VALID
-from tests.faults.rows_redis import check_revoked, entry_of, repeatedly
+from tests.faults.rows_redis import check_revoked, entry_of, follow, repeatedly
 from tests.faults.trial import Row, Stage
 from tests.support.redis import RedisServer
 from tests.support.rough_way import SMOOTH, STALLED, Conduct, RoughWay
@@ -284,7 +284,7 @@ def _on_the_old_primary(stage: Stage) -> None:
         way = RoughWay(deployment.background, deployment.redis.port)
         ending.callback(way.close)
         with replica.client() as client:
-            client.replicaof("127.0.0.1", way.port)
+            follow(client, stage, way.port)
             stage.begin()
             up = until(
                 lambda: client.info("replication")["master_link_status"] == "up", "a replica", 5.0

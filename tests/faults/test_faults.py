@@ -1,5 +1,6 @@
 """Facts about servers under faults: the most telling ones. `make faults` tries all."""
 
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ from tests.faults.deployment import Servers
 from tests.faults.rows import ROWS
 from tests.faults.trial import Row, Theatre
 from tests.support.background import Background
+from tests.support.servers import ROOT
 
 # Of each kind some, and those that count requests and not milliseconds.
 TELLING = {2, 3, 11, 25, 35, 41, 44, 57, 60, 63}
@@ -22,6 +24,17 @@ def theatre() -> Iterator[Theatre]:
         yield theatre
         theatre.close()
         servers.close()
+
+
+def test_the_documentation_lists_what_is_tried() -> None:
+    """docs/faults.md has a line for each fault, with the promise that is tried."""
+    listed = [
+        line
+        for line in (ROOT / "docs" / "faults.md").read_text().splitlines()
+        if re.match(r"\| \d", line)
+    ]
+    rows = sorted(ROWS, key=lambda row: row.number)
+    assert listed == [f"| {row.number} | {row.name} | {row.promise} |" for row in rows]
 
 
 @pytest.mark.parametrize(
