@@ -12,6 +12,7 @@ from tfm_guard.errors import (
     InvalidToken,
     KeyNotFound,
     MissingCredentials,
+    NotConfirmed,
     PlanLimitReached,
     Refusal,
     SchemaError,
@@ -27,6 +28,7 @@ ANSWERS: dict[Refusal, tuple[str, int, str | None, bool, bool]] = {
         *("insufficient_scope", 403, "insufficient_scope", True, False),
     ),
     Unavailable("database"): ("unavailable", 503, None, False, True),
+    NotConfirmed(): ("unconfirmed", 503, None, False, True),
     PlanLimitReached(plan="free", limit=2, current=2): (
         *("plan_limit_reached", 403, None, False, False),
     ),

@@ -19,6 +19,7 @@ from tests.support.sql import execute
 from tfm_guard import Guard, errors
 from tfm_guard.cli import main
 from tfm_guard.confirmation import _MARGIN as MARGIN
+from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.counters import Counters
 from tfm_guard.errors import Refusal
 from tfm_guard.freshness import FLOOR_SECONDS
@@ -158,7 +159,12 @@ def test_the_durations_are_those_of_a_new_database(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "caching.md").read_text()
     assert f"until {lease:g} s after the start" in page
     assert f"({shared['poll_seconds']} s, the same for all" in page
-    assert f"until {lease * MARGIN:g} s ({MARGIN:g} leases)" in page
+    wait, unfed = lease * (1 + MARGIN), float(shared["unfed_seconds"])
+    assert f"{shared['linked_poll_seconds']} s while it has a link" in page
+    assert f"read the feed within the last {unfed:g} s" in page
+    assert f"{wait:g} s ({1 + MARGIN:g} leases)" in page
+    assert f"| {unfed + lease * MARGIN:g} s |" in page
+    assert f"After {CONFIRM_SECONDS:g} s it raises" in page
     assert f"kept for {FLOOR_SECONDS / 60:g} minutes" in page
     assert f"less than {MAX_AGE_SECONDS / 60:g} minutes ago" in page
 
