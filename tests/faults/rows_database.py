@@ -396,6 +396,7 @@ async def _revoke_for(guard: Guard, created: CreatedKey, steps: int) -> bool:
     for _ in range(steps):
         await asyncio.sleep(0)
         if task.done():
+            await task
             return True
     task.cancel()
     await asyncio.wait({task})

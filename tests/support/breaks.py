@@ -259,12 +259,15 @@ def other_format() -> Undo:
 
 def commits_early() -> Undo:
     """A revocation is committed before its row in the feed is written."""
-    former = transaction.Transaction.revoke_key
 
-    async def revoke_key(self: Any, *args: Any) -> None:
-        await former(self, *args)
-        await self._connection.commit()
-        await self._connection.begin()
+    async def revoke_key(self: Any, key_id: Any, prefix: str, version: int) -> None:
+        async with self._connection.engine.begin() as own:
+            await own.execute(
+                update(schema.keys)
+                .where(schema.keys.c.id == key_id)
+                .values(revoked_at=self.now, version=version)
+            )
+        self._pending.append(("revoked", prefix, version))
 
     return put(transaction.Transaction, "revoke_key", revoke_key)
 
