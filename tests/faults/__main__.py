@@ -37,8 +37,10 @@ def main(numbers: list[str]) -> int:
         finally:
             theatre.close()
             servers.close()
+    for complaint in theatre.complaints:
+        _print(complaint)
     _print(f"{len(chosen) - failed} of {len(chosen)} hold")
-    return 1 if failed else 0
+    return 1 if failed or theatre.complaints else 0
 
 
 def _print(line: str) -> None:

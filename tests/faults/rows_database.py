@@ -534,6 +534,5 @@ ROWS = [
         promise="no later change is seen before it",
         trial=_late_commit,
         off="numbers_early",
-        shape=_NO_REDIS,
     ),
 ]

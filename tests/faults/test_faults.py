@@ -24,6 +24,7 @@ def theatre() -> Iterator[Theatre]:
         yield theatre
         theatre.close()
         servers.close()
+        assert theatre.complaints == []
 
 
 def test_the_documentation_lists_what_is_tried() -> None:

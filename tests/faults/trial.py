@@ -8,6 +8,7 @@ from typing import Final
 
 from tests.faults.deployment import Deployment, Key, Servers, Shape, Told, until
 from tests.faults.load import REVOKED, VALID, Answer, Load
+from tests.support.servers import ServerFailed
 
 # Less than this, and a fault was not tried.
 _ACCEPTED_BEFORE: Final = 50
@@ -203,6 +204,7 @@ class Theatre:
         self._servers = servers
         self._full = full
         self._deployment: Deployment | None = None
+        self.complaints: list[str] = []  # about servers that did not end when they were told to
 
     def try_row(self, row: Row) -> Result:
         """Try a row with its defence, then without it."""
@@ -212,9 +214,12 @@ class Theatre:
 
     def close(self) -> None:
         """End the last deployment."""
-        if self._deployment is not None:
-            self._deployment.close()
-            self._deployment = None
+        deployment, self._deployment = self._deployment, None
+        if deployment is not None:
+            try:
+                deployment.close()
+            except ServerFailed as error:
+                self.complaints.append(str(error))
 
     def _try_once(self, row: Row, off: str | None) -> tuple[Stage, bool]:
         deployment = self._deployment_of(row.shape)
