@@ -138,17 +138,18 @@ class Deployment:
             self._ending.callback(worker.close)
 
     def close(self) -> None:
-        """End all of it."""
+        """End all of it. Raises `ServerFailed` if a worker does not end when it is told to."""
         for worker in self.workers:
             for way in worker.ways.values():
                 way.conduct = SMOOTH
-        for worker in self.workers:
             worker.thaw()
-        list(self._threads.map(UvicornProcess.close, self.workers))
-        self._ending.close()
-        for worker in self.workers:
-            for way in worker.ways.values():
-                way.close()
+        try:
+            list(self._threads.map(UvicornProcess.close, self.workers))
+        finally:
+            self._ending.close()
+            for worker in self.workers:
+                for way in worker.ways.values():
+                    way.close()
 
     def restart(self, worker: Worker) -> None:
         """Start a worker that has died, or has been stopped, with the breaks that it had."""

@@ -61,6 +61,13 @@ class Load:
 
         self._background.run(end())
 
+    def hang_up(self, server: int) -> None:
+        """Give up what one server has not answered yet, and ask it anew.
+
+        One that stands still otherwise holds nothing but old requests.
+        """
+        self._background.call(self._sources[server].hang_up)
+
     def started_since(self, moment: float, server: int, key: str) -> int:
         """Return how many requests have been sent to *server* since *moment*, answered or not."""
         sent = self._sources[server].sent[key]

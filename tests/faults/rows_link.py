@@ -224,6 +224,7 @@ def _overflown(stage: Stage) -> None:
         worker.freeze()
         with _flood(stage, [b"x" * 10_000], 2_000):
             check_revoked(stage, _LINK_SECONDS)
+            stage.ask_anew(1)
             stage.watch(2.0)
         worker.thaw()
         stage.watch(2.0)

@@ -133,6 +133,7 @@ def _stalled(stage: Stage) -> None:
     stage.begin()
     stage.deployment.workers[1].control("stall", seconds=4.5)
     check_revoked(stage)
+    stage.ask_anew(1)
     stage.watch(3.0)
     stage.end(excused=(1,))
 
@@ -142,6 +143,7 @@ def _stopped(stage: Stage) -> None:
     stopped = time.monotonic()
     stage.deployment.workers[1].freeze()
     check_revoked(stage)
+    stage.ask_anew(1)
     stage.watch(stopped + (60.0 if stage.full else 5.0) - time.monotonic())
     stage.deployment.workers[1].thaw()
     stage.watch(2.0)

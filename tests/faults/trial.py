@@ -76,6 +76,11 @@ class Stage:
             self.how = self.deployment.workers[by].state()["how"] or "204"
         return deleted
 
+    def ask_anew(self, worker: int) -> None:
+        """Have the requests that a worker finds when it goes on be such as started after this."""
+        assert self.load is not None
+        self.load.hang_up(worker)
+
     def watch(self, seconds: float) -> None:
         """Let the load go on for so long."""
         end = time.monotonic() + seconds
