@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,11 @@ class Worker(UvicornProcess):
         quiet = ("--no-access-log", "--log-level", "warning", "--timeout-keep-alive", "600")
         super().__init__(APP, env=env, extra_args=quiet, ready_path="/control/state")
         self.ways = ways
+
+    @property
+    def name(self) -> str:
+        """What it calls itself in the register."""
+        return f"{socket.gethostname()}:{self.pid}"
 
     def call(self, method: str, path: str, token: str | None = None, body: object = None) -> Answer:
         """Send one request."""
@@ -224,6 +230,9 @@ class Deployment:
             if not worker.running:
                 self.restart(worker)
         self.on_all("mend")
+        # Those that were killed: whoever revokes a key next would wait for them in vain.
+        alive = [worker.name for worker in self.workers]
+        execute(self.url, schema.workers.delete().where(schema.workers.c.name.not_in(alive)))
 
     def is_well(self, token: str) -> bool:
         """Tell whether every worker accepts *token*, is fresh, and has its link if there is one."""

@@ -1,7 +1,6 @@
 """Faults of the link, on which changes arrive as they are made."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 import threading
@@ -12,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tests.faults.deployment import Shape, Worker, until
+from tests.faults.deployment import Shape, until
 from tests.faults.load import VALID
 from tests.faults.rows_redis import check_revoked, entry_of, follow, repeatedly
 from tests.faults.trial import Row, Stage
@@ -330,7 +329,7 @@ def _registering(stage: Stage) -> None:
     old, name = entry_of(stage), deployment.redis_name(stage.key)
     deployment.to_redis(replace(STALLED, kind="link"), [2])
     worker.control("failpoint", point="registered", does="hold")
-    execute(deployment.url, schema.workers.delete().where(schema.workers.c.name == _name(worker)))
+    execute(deployment.url, schema.workers.delete().where(schema.workers.c.name == worker.name))
     if not until(lambda: bool(worker.state()["reached"]), "the point", 5.0):
         stage.untried.append("it did not register again")
     released = threading.Timer(1.0, lambda: worker.control("release"))
@@ -341,11 +340,6 @@ def _registering(stage: Stage) -> None:
     with repeatedly(lambda client: client.set(name, old), deployment.redis, every=0.002):
         stage.churn(3.0)
     stage.end()
-
-
-def _name(worker: Worker) -> str:
-    """Return what a process calls itself in the register."""
-    return f"{socket.gethostname()}:{worker.pid}"
 
 
 ROWS = [
