@@ -35,6 +35,8 @@ class Shape(NamedTuple):
     remembers: int = 100_000
     # Seconds that the link alone counts for; none: as installed.
     unfed: float | None = None
+    # Without ways in between, which cost milliseconds: nothing can be done to the connections.
+    direct: bool = False
 
 
 class Key(NamedTuple):
@@ -256,17 +258,20 @@ class Deployment:
         return first.token
 
     def _new_worker(self) -> Worker:
-        ways = {"database": RoughWay(self.background, self.postgres.port)}
-        url = self.url
-        if self.shape.database == "postgresql":
-            url = url.replace(f":{self.postgres.port}/", f":{ways['database'].port}/")
-        env = {
-            "TFM_GUARD_DATABASE_URL": url,
-            "TFM_GUARD_LOCAL_CACHE_SIZE": str(self.shape.remembers),
-        }
+        env = {"TFM_GUARD_LOCAL_CACHE_SIZE": str(self.shape.remembers)}
+        urls = {"database": self.url}
+        targets = {"database": self.postgres.port}
         if self.shape.redis:
-            ways["redis"] = RoughWay(self.background, self.redis.port)
-            env["TFM_GUARD_REDIS_URL"] = f"redis://127.0.0.1:{ways['redis'].port}/0"
+            urls["redis"], targets["redis"] = self.redis.url, self.redis.port
+        ways = {}
+        for name, url in urls.items():
+            env[f"TFM_GUARD_{name.upper()}_URL"] = url
+            if url.startswith("sqlite:") or self.shape.direct:
+                continue
+            way = ways[name] = RoughWay(self.background, targets[name])
+            env[f"TFM_GUARD_{name.upper()}_URL"] = url.replace(
+                f":{targets[name]}/", f":{way.port}/"
+            )
         return Worker(env, ways)
 
     def _set(self, way: str, conduct: Conduct, workers: Iterable[int] | None) -> None:

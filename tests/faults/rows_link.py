@@ -25,7 +25,7 @@ from tfm_guard.store import schema
 
 _UNFED_SECONDS = 8.0
 _SHORT_UNFED = Shape(unfed=_UNFED_SECONDS)
-_EIGHT = Shape(workers=8)
+_EIGHT = Shape(workers=8, direct=True)
 _FEED_SECONDS = 1.5
 _LINK_SECONDS = 3.5
 

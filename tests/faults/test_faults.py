@@ -38,6 +38,7 @@ def test_the_documentation_lists_what_is_tried() -> None:
     assert listed == [f"| {row.number} | {row.name} | {row.promise} |" for row in rows]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "row", [pytest.param(row, id=f"F{row.number}") for row in ROWS if row.number in TELLING]
 )

@@ -31,6 +31,8 @@ from tfm_guard.shared_cache import Breaker
 from tfm_guard.testing import ManualClock
 from tfm_guard.token import RANDOM_BYTES
 
+pytestmark = pytest.mark.alone
+
 # Longer than any pause between two probes, in seconds.
 PAUSE = 1.1
 
@@ -316,7 +318,9 @@ class ClusterNode(RedisServer):
     """A node of a cluster of its own."""
 
     def command(self) -> Sequence[str]:
-        return [*super().command(), "--cluster-enabled", "yes"]
+        # By default the nodes' own port is 10,000 above: where outgoing connections take theirs.
+        cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        return [*super().command(), *cluster]
 
 
 async def test_a_cluster_is_refused(sqlite_url: str) -> None:
