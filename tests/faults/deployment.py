@@ -189,12 +189,12 @@ class Deployment:
         assert answer.status == 201, answer
         return Key(answer.json["id"], answer.json["key"], answer.json["key_prefix"])
 
-    def delete(self, key: Key, by: int = 0) -> Told:
-        """Delete a key through a worker."""
+    def delete(self, key: Key, by: int = 0, token: str | None = None) -> Told:
+        """Delete a key through a worker, with *token* if it is of another account."""
         path = f"/v1/api-keys/{key.id}"
         # In the loop that sends the load, so that "started after" is exact.
         port = self.workers[by].port
-        return self.background.run(_send(port, "DELETE", path, self.admin, 30.0))
+        return self.background.run(_send(port, "DELETE", path, token or self.admin, 30.0))
 
     def ask(self, worker: int, token: str, patience: float = 3.0) -> Told:
         """Send one request with *token*, and wait no longer than *patience* for its answer."""

@@ -14,6 +14,7 @@ ASKED_PER_SECOND: Final = 250.0
 # Every so many requests with the key that is to be revoked there is one with another key.
 _VALID_EVERY: Final = 3
 _MOST_LINES: Final = 500  # connections to one server
+_RESTING_LINES: Final = 300
 _LATEST_SECONDS: Final = 0.25  # what is more overdue than this is left out
 
 REVOKED: Final = "revoked"
@@ -61,12 +62,16 @@ class Load:
 
         self._background.run(end())
 
-    def hang_up(self, server: int) -> None:
-        """Give up what one server has not answered yet, and ask it anew.
+    def rest(self, server: int) -> None:
+        """Ask one server nothing until `go_on`, and be connected to it many times meanwhile.
 
-        One that stands still otherwise holds nothing but old requests.
+        A server that stands still would otherwise hold nothing but old requests when it goes on.
         """
-        self._background.call(self._sources[server].hang_up)
+        self._background.run(self._sources[server].rest())
+
+    def go_on(self, server: int) -> None:
+        """Ask a server again that had been left alone."""
+        self._sources[server].resting = False
 
     def started_since(self, moment: float, server: int, key: str) -> int:
         """Return how many requests have been sent to *server* since *moment*, answered or not."""
@@ -86,6 +91,7 @@ class _Source:
         self.counts: Counter[tuple[str, int]] = Counter()
         self.idle: list[_Line] = []
         self.lines: set[_Line] = set()
+        self.resting = False
         self._server = server
         self._port = port
         self._revoked = revoked
@@ -96,12 +102,20 @@ class _Source:
     async def run(self) -> None:
         due, number = time.monotonic(), 0
         while True:
-            self._ask(REVOKED, self._revoked)
-            if number % _VALID_EVERY == 0:
+            if not self.resting:
+                self._ask(REVOKED, self._revoked)
+            if not self.resting and number % _VALID_EVERY == 0:
                 self._ask(VALID, self._valid[number // _VALID_EVERY % len(self._valid)])
             number += 1
             due = max(due + 1 / ASKED_PER_SECOND, time.monotonic() - _LATEST_SECONDS)
             await asyncio.sleep(max(due - time.monotonic(), 0))
+
+    async def rest(self) -> None:
+        self.resting = True
+        loop = asyncio.get_running_loop()
+        for _ in range(_RESTING_LINES):
+            _, line = await loop.create_connection(lambda: _Line(self), "127.0.0.1", self._port)
+            self.idle.append(line)
 
     def hang_up(self) -> None:
         for line in list(self.lines):

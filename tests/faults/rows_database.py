@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from sqlalchemy import func, select
 
-from tests.faults.deployment import APP, Deployment, Servers, Shape, until
+from tests.faults.deployment import APP, Deployment, Key, Servers, Shape, until
 from tests.faults.load import REVOKED
 from tests.faults.rows_redis import check_revoked
 from tests.faults.trial import Row, Stage
@@ -270,13 +270,16 @@ def _late_commit(stage: Stage) -> None:
     """Hold one change back before its COMMIT while another follows."""
     deployment = stage.deployment
     stage.begin()
-    other = deployment.create_key(by=1)
+    # Of another account: changes of one account wait for each other anyway.
+    token = deployment.background.run(_first_of(deployment.url, f"other {time.monotonic()}", 1))
+    made = deployment.workers[1].call("POST", "/v1/api-keys/", token, {"name": "other"}).json
+    other = Key(made["id"], made["key"], made["key_prefix"])
     head = _highest(deployment)
     deployment.workers[0].control("failpoint", point="before COMMIT", does="hold")
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(deployment.delete, stage.key, 0)
         until(lambda: bool(deployment.workers[0].state()["reached"]), "the point", 5.0)
-        second = threads.submit(deployment.delete, other, 1)
+        second = threads.submit(deployment.delete, other, 1, token)
         overtaken = until(lambda: _highest(deployment) > head, "an overtaking change", 0.7)
         deployment.workers[0].control("release")
         statuses = {first.result().status, second.result().status}

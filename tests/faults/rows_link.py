@@ -220,10 +220,12 @@ def _overflown(stage: Stage) -> None:
         client.config_set("client-output-buffer-limit", "pubsub 65536 0 0")
         stage.begin()
         before = worker.state()["resident"]
+        stage.rest(1)
         worker.freeze()
         with _flood(stage, [b"x" * 10_000], 2_000):
+            stage.watch(1.0)  # until Redis has given it up
             check_revoked(stage, _LINK_SECONDS)
-            stage.ask_anew(1)
+            stage.go_on(1)
             stage.watch(2.0)
         worker.thaw()
         stage.watch(2.0)

@@ -76,10 +76,15 @@ class Stage:
             self.how = self.deployment.workers[by].state()["how"] or "204"
         return deleted
 
-    def ask_anew(self, worker: int) -> None:
-        """Have the requests that a worker finds when it goes on be such as started after this."""
+    def rest(self, worker: int) -> None:
+        """Ask a worker nothing for now, so that it holds no old requests when it goes on."""
         assert self.load is not None
-        self.load.hang_up(worker)
+        self.load.rest(worker)
+
+    def go_on(self, worker: int) -> None:
+        """Ask it again."""
+        assert self.load is not None
+        self.load.go_on(worker)
 
     def watch(self, seconds: float) -> None:
         """Let the load go on for so long."""
