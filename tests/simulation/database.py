@@ -127,7 +127,7 @@ class SimTransaction:
         self._effects.append(lambda: self._tables.keys.update({row.prefix: row}))
         self._pending.append(("created", key.key_prefix, 1))
 
-    async def find_key(self, account_id: str, key_id: UUID) -> KeyRow | None:
+    async def lock_key(self, account_id: str, key_id: UUID) -> KeyRow | None:
         row = self._tables.key(key_id)
         return replace(row) if row is not None and row.account_id == account_id else None
 

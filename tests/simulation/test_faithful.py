@@ -85,7 +85,7 @@ class Questions:
 
             async def work(transaction: Any) -> Any:
                 await transaction.lock_account(account_id)
-                found = await transaction.find_key(account_id, key_id)
+                found = await transaction.lock_key(account_id, key_id)
                 scopes = await transaction.active_scopes(account_id, key_id)
                 if found is not None:
                     await transaction.revoke_key(key_id, prefix, found.version + 1)

@@ -213,13 +213,13 @@ def no_busy_wait() -> Undo:
 
 def no_joining() -> Undo:
     """Revoking a key again says that there is none, confirmed or not."""
-    former = transaction.Transaction.find_key
+    former = transaction.Transaction.lock_key
 
-    async def find_key(self: Any, account_id: str, key_id: Any) -> Any:
+    async def lock_key(self: Any, account_id: str, key_id: Any) -> Any:
         row = await former(self, account_id, key_id)
         return row if row is None or row.revoked_at is None else None
 
-    return put(transaction.Transaction, "find_key", find_key)
+    return put(transaction.Transaction, "lock_key", lock_key)
 
 
 def no_role_check() -> Undo:

@@ -11,8 +11,7 @@ from tfm_guard.store import Store, Transaction
 # Where: the class, its coroutine, and whether the point lies before it or after it.
 _POINTS: Final[dict[str, tuple[type, str, bool]]] = {
     "before the transaction": (Store, "transact", True),
-    "account locked": (Transaction, "lock_account", False),
-    "key found": (Transaction, "find_key", False),
+    "key locked": (Transaction, "lock_key", False),
     "row written": (Transaction, "revoke_key", False),
     "audited": (Transaction, "audit", False),
     "before COMMIT": (Transaction, "append_changes", False),
