@@ -55,14 +55,15 @@ _management = _guard.management_app()
 _undos: list[Undo] = []
 _failpoints: list[Failpoint] = []
 _PAGE_BYTES: Final = resource.getpagesize()
-_revocations: list[Revocation] = []
+_revocations: list[tuple[Revocation, float]] = []
 _revoke = KeyManager.revoke
 
 
 async def _noted_revoke(*args: Any, **options: Any) -> Revocation:
-    """Revoke as usual, and note how it was confirmed, which the management API does not tell."""
+    """Revoke as usual, and note how and how fast, which the management API does not tell."""
+    began = time.monotonic()
     revocation = await _revoke(*args, **options)
-    _revocations.append(revocation)
+    _revocations.append((revocation, time.monotonic() - began))
     return revocation
 
 
@@ -148,6 +149,7 @@ def _state() -> dict[str, Any]:
             pool.pool.checkedout()
             for pool in (database._reader, database._writer, database._feed_reader)  # noqa: SLF001
         ),
-        "how": _revocations[-1].how if _revocations else "",
+        "how": _revocations[-1][0].how if _revocations else "",
+        "revoking": _revocations[-1][1] if _revocations else 0.0,
         "repr": repr(freshness),
     }
