@@ -38,5 +38,7 @@ class SystemClock:
         if unless is None:
             await asyncio.sleep(seconds)
         else:
+            # Not wait_for: Python 3.11's forgets that it was cancelled if the event is set just then.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(unless.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await unless.wait()
