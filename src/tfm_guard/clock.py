@@ -38,7 +38,7 @@ class SystemClock:
         if unless is None:
             await asyncio.sleep(seconds)
         else:
-            # Not wait_for: Python 3.11's forgets that it was cancelled if the event is set just then.
+            # Not wait_for: Python 3.11's goes on if it is cancelled just as the event is set.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await unless.wait()

@@ -136,8 +136,9 @@ class Guard:
     async def holds(self, key: VerifiedKey) -> bool:
         """Tell whether *key*, verified a while ago, is still active, with all its scopes.
 
-        For what goes on for long, such as a streamed response; as cheap as verifying. Raises
-        `Unavailable` where it cannot be known now: never treat that one as a no.
+        For what goes on for long, such as a streamed response; as cheap as verifying:
+        `while await guard.holds(request.user): yield ...`. Raises `Unavailable` where it cannot be
+        known now: never treat that one as a no.
         """
         with self._outages.noted():
             return await (await self._open_for_request()).verifier.holds(key)

@@ -34,7 +34,7 @@ class APIKeyMiddleware:
     router sees (that is, without the prefix under which the app is mounted). The key is found in
     `scope["user"]`, its scopes in `scope["auth"]`. Refusals are sent, never raised.
 
-    A WebSocket is closed with 1008 as soon as its key is revoked. With *end_responses*, responses
+    A WebSocket is closed with 1008 before revoking its key returns. With *end_responses*, responses
     under way are broken off, too: for apps that stream them for long.
     """
 
