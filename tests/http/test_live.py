@@ -156,28 +156,26 @@ async def test_what_a_slow_client_has_not_taken_is_not_sent(
 
 async def test_an_app_that_only_sends_gets_errors(guard: Guard, created: CreatedKey) -> None:
     """After the revocation each attempt to send raises OSError, and nothing goes out."""
-    attempts: list[bool] = []
+    asked: asyncio.Queue[str] = asyncio.Queue()
+    errors: list[OSError] = []
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send(ACCEPT)
-        while attempts.count(True) < 3:
-            await asyncio.sleep(0)
+        while len(errors) < 3:
             try:
-                await send(say("tick"))
-            except OSError:
-                attempts.append(True)
-            else:
-                attempts.append(False)
+                await send(say(await asked.get()))
+            except OSError as error:
+                errors.append(error)
 
     peer = Peer(CONNECT)
     async with peer.runs(APIKeyMiddleware(app, guard=guard), socket_scope(created)) as running:
-        await turns(lambda: len(attempts) > 3)
-        assert not any(attempts)
+        asked.put_nowait("before")
+        await peer.sends(ACCEPT, say("before"))
         await revoke(guard, created)
-        sent = list(peer.sent)
+        for _ in range(3):
+            asked.put_nowait("after")
         await running
-    assert sent[-1] == closed()
-    assert peer.sent == sent
+    assert peer.sent == [ACCEPT, say("before"), closed()]
 
 
 async def test_an_app_that_does_neither_is_let_be(guard: Guard, created: CreatedKey) -> None:
@@ -200,18 +198,20 @@ async def test_an_app_that_does_neither_is_let_be(guard: Guard, created: Created
 
 async def test_the_server_is_spared_our_own_error(guard: Guard, created: CreatedKey) -> None:
     """An app that lets the error of sending through has ended, as with the server's own error."""
+    asked = asyncio.Event()
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send(ACCEPT)
-        while True:
-            await asyncio.sleep(0)
-            await send(say("tick"))
+        await asked.wait()
+        await send(say("after"))
 
     peer = Peer(CONNECT)
     async with peer.runs(APIKeyMiddleware(app, guard=guard), socket_scope(created)) as running:
-        await turns(lambda: len(peer.sent) > 3)
+        await peer.sends(ACCEPT)
         await revoke(guard, created)
+        asked.set()
         await running
+    assert peer.sent == [ACCEPT, closed()]
 
 
 @pytest.mark.parametrize("revoked", [True, False])
@@ -344,6 +344,7 @@ async def test_an_answer_in_its_place_is_broken_off(guard: Guard, created: Creat
 async def test_starlette_cleans_up(guard: Guard, created: CreatedKey) -> None:
     """A Starlette endpoint sees `WebSocketDisconnect`, whether it receives or sends."""
     seen: list[int] = []
+    asked = asyncio.Event()
 
     async def receiving(websocket: WebSocket) -> None:
         await websocket.accept()
@@ -354,10 +355,9 @@ async def test_starlette_cleans_up(guard: Guard, created: CreatedKey) -> None:
 
     async def sending(websocket: WebSocket) -> None:
         await websocket.accept()
+        await asked.wait()
         try:
-            while True:
-                await asyncio.sleep(0)
-                await websocket.send_text("tick")
+            await websocket.send_text("after")
         except WebSocketDisconnect as error:
             seen.append(error.code)
 
@@ -371,6 +371,7 @@ async def test_starlette_cleans_up(guard: Guard, created: CreatedKey) -> None:
             running.append(await stack.enter_async_context(peer.runs(guarded, scope)))
             await peer.has_sent(1)
         await revoke(guard, created)
+        asked.set()
         await asyncio.gather(*running)
     assert sorted(seen) == [1006, 1008]
 
@@ -579,6 +580,7 @@ async def test_a_change_during_a_look_is_looked_into(guard: Guard, created: Crea
     connection.doubt()
     may_answer.release()
     await turns(lambda: asked == 2)
+    assert connection.doubtful
     assert not checking.done()
     may_answer.release()
     await checking

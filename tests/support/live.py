@@ -87,10 +87,11 @@ class Peer:
 
     @asynccontextmanager
     async def runs(self, app: ASGIApp, scope: Scope) -> AsyncIterator["asyncio.Task[None]"]:
-        """Run *app*; at the end it is cancelled, if it still runs."""
+        """Run *app*, for a block of at most 10 s; at the end it is cancelled, if it still runs."""
         task = asyncio.get_running_loop().create_task(_run(app, scope, self.receive, self.send))
         try:
-            yield task
+            async with asyncio.timeout(10):
+                yield task
         finally:
             task.cancel()
             await asyncio.wait({task})
