@@ -580,11 +580,11 @@ async def test_a_change_during_a_look_is_looked_into(guard: Guard, created: Crea
     connection.doubt()
     may_answer.release()
     await turns(lambda: asked == 2)
-    assert connection.doubtful
+    meanwhile = connection.doubtful
     assert not checking.done()
     may_answer.release()
     await checking
-    assert not connection.doubtful
+    assert (meanwhile, connection.doubtful) == (True, False)
 
     connection.doubt()
     checking = asyncio.create_task(connection.check())
