@@ -15,6 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tests.http.support import Answer, bearer, call, http_scope, websocket_scope
+from tests.support import sql
 from tests.support.guards import create, freshness_of, new_guard
 from tests.support.live import (
     ACCEPT,
@@ -28,14 +29,12 @@ from tests.support.live import (
     text,
     turns,
 )
-from tests.support.sql import execute
 from tfm_guard import APIKeyMiddleware, Guard, VerifiedKey
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.live import Ended, LiveConnection
 from tfm_guard.records import Change, CreatedKey
 from tfm_guard.testing import ManualClock
 
-LEASE = 2.0  # seconds
 HIDE = "ALTER TABLE tfm_keys RENAME TO tfm_away"
 SHOW = "ALTER TABLE tfm_away RENAME TO tfm_keys"
 
@@ -77,16 +76,20 @@ async def revoke(guard: Guard, created: CreatedKey) -> None:
     await guard.keys.revoke("acme", created.key.id)
 
 
-def change(url: str, created: CreatedKey, what: str) -> None:
+async def execute(url: str, statement: str) -> None:
+    """Change the database past the library, while the guard, who may be writing, goes on."""
+    await asyncio.to_thread(sql.execute, url, statement)
+
+
+async def change(url: str, created: CreatedKey, what: str) -> None:
     """Change a key's row as no process ever hears of."""
     which = f"prefix = '{created.key.key_prefix}'"
-    execute(url, f"UPDATE tfm_keys SET {what} WHERE {which}")  # noqa: S608  # the test's own words
+    await execute(url, f"UPDATE tfm_keys SET {what} WHERE {which}")  # noqa: S608  # the test's own words
 
 
-def revoke_silently(url: str, created: CreatedKey) -> Change:
-    """Revoke a key so that no process hears of it; return what they would have heard."""
-    change(url, created, "revoked_at = created_at, version = 2")
-    return Change(2, "revoked", created.key.key_prefix, 2)
+async def revoke_silently(url: str, created: CreatedKey) -> None:
+    """Revoke a key so that no process hears of it."""
+    await change(url, created, "revoked_at = created_at, version = 2")
 
 
 # WebSockets
@@ -445,7 +448,7 @@ async def test_without_a_lease_each_message_is_looked_into(
         await peer.sends(ACCEPT, say("fresh"), say("stale"))
         assert guard.counters.store_reads == reads + 2  # heard, and said
 
-        revoke_silently(sqlite_url, created)
+        await revoke_silently(sqlite_url, created)
         peer.incoming.put_nowait(text("revoked"))
         await running
     assert app.heard == [CONNECT, text("fresh"), text("stale"), disconnected()]
@@ -460,10 +463,10 @@ async def test_where_nothing_can_be_known_it_is_closed_with_1013(
     async with peer.runs(APIKeyMiddleware(app, guard=guard), socket_scope(created)) as running:
         await peer.sends(ACCEPT)
         freshness_of(guard).fresh_until = clock.monotonic()
-        execute(sqlite_url, HIDE)
+        await execute(sqlite_url, HIDE)
         peer.incoming.put_nowait(text("unknown"))
         await running
-    execute(sqlite_url, SHOW)
+    await execute(sqlite_url, SHOW)
     assert app.heard == [CONNECT, disconnected(1013)]
     assert peer.sent == [ACCEPT, closed(1013)]
     # That was no no.
@@ -507,13 +510,13 @@ async def test_idle_ones_are_looked_into_after_a_flush(
     ):
         await peer.sends(ACCEPT)
         await other.sends(ACCEPT)
-        revoke_silently(sqlite_url, created)
-        execute(sqlite_url, HIDE)
+        await revoke_silently(sqlite_url, created)
+        await execute(sqlite_url, HIDE)
         freshness_of(guard).start_afresh()
         # The poll, and both that look.
         await clock.wait_for_sleepers(3)
         assert peer.sent == [ACCEPT]
-        execute(sqlite_url, SHOW)
+        await execute(sqlite_url, SHOW)
         await clock.pass_time(1)
         await running
         assert peer.sent == [ACCEPT, closed()]
@@ -692,7 +695,7 @@ async def test_one_that_has_not_begun_becomes_a_refusal(
             await revoke(guard, created)
         else:
             freshness_of(guard).fresh_until = clock.monotonic()
-            execute(sqlite_url, HIDE)
+            await execute(sqlite_url, HIDE)
             go_on.set()
         await running
     start, _ = peer.sent
@@ -709,7 +712,7 @@ async def test_without_a_lease_each_part_is_looked_into(
         app.asked.put_nowait("one")
         await peer.sends(START, part("one"))
         freshness_of(guard).fresh_until = clock.monotonic()
-        revoke_silently(sqlite_url, created)
+        await revoke_silently(sqlite_url, created)
         app.asked.put_nowait("two")
         await running
     assert peer.sent == [START, part("one")]
@@ -826,8 +829,8 @@ async def test_holds_as_the_database_has_it(
     """Without a lease the row decides: active, the same key, and no scope less."""
     created = await create(guard, scopes=["send", "domains:write"])
     key = await guard.verify(created.token)
-    clock.advance(LEASE)
-    change(sqlite_url, created, what)
+    freshness_of(guard).fresh_until = clock.monotonic()
+    await change(sqlite_url, created, what)
     assert await guard.holds(key) == holding
 
 
@@ -839,8 +842,8 @@ async def test_holds_says_when_it_cannot_know(
 ) -> None:
     """Where the database does not tell, or tells nonsense, it is `Unavailable`, and no no."""
     key = await guard.verify(created.token)
-    clock.advance(LEASE)
-    execute(sqlite_url, breakage)
+    freshness_of(guard).fresh_until = clock.monotonic()
+    await execute(sqlite_url, breakage)
     with pytest.raises(Unavailable):
         await guard.holds(key)
 
