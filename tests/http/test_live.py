@@ -550,7 +550,8 @@ async def test_closing_the_guard_closes_them(sqlite_url: str) -> None:
         guarded = APIKeyMiddleware(app, guard=guard)
         task = asyncio.create_task(guarded(socket_scope(created), peer.receive, peer.send))
         await peer.sends(ACCEPT)
-    await task
+    async with asyncio.timeout(10):
+        await task
     assert app.heard == [CONNECT, disconnected(1013)]
     assert peer.sent == [ACCEPT, closed(1013)]
     key = VerifiedKey.pack(
