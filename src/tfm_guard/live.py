@@ -101,7 +101,9 @@ class LiveConnection:
 
     @asynccontextmanager
     async def until_end(self) -> AsyncIterator[None]:
-        """Break the block off when the connection ends. Raises `Ended` then."""
+        """Break the block off when the connection ends. Raises `Ended` then, and if it has."""
+        if self.refusal is not None:
+            raise Ended(self.refusal)
         try:
             async with asyncio.timeout(None) as limit:
                 self._limits.add(limit)

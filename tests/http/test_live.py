@@ -182,12 +182,15 @@ async def test_an_app_that_only_sends_gets_errors(guard: Guard, created: Created
 
 
 async def test_an_app_that_does_neither_is_let_be(guard: Guard, created: CreatedKey) -> None:
-    """The client is told although the app neither receives nor sends; the app goes on."""
+    """The client is told although the app neither receives nor sends; the app, when it asks."""
     done = asyncio.Event()
+    heard: list[Message] = []
 
-    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
         await send(ACCEPT)
+        await receive()
         await done.wait()
+        heard.extend([await receive(), await receive()])
 
     peer = Peer(CONNECT)
     async with peer.runs(APIKeyMiddleware(app, guard=guard), socket_scope(created)) as running:
@@ -197,6 +200,7 @@ async def test_an_app_that_does_neither_is_let_be(guard: Guard, created: Created
         assert not running.done()
         done.set()
         await running
+    assert heard == [disconnected(), disconnected()]
 
 
 async def test_the_server_is_spared_our_own_error(guard: Guard, created: CreatedKey) -> None:
@@ -655,7 +659,7 @@ async def test_a_stubborn_app_sends_nothing_more(guard: Guard, created: CreatedK
         for more in ("two", "three"):
             app.asked.put_nowait(more)
         freshness_of(guard).apply(Change(2, "revoked", created.key.key_prefix, 2))
-        await running
+        await asyncio.wait({running})
     assert sorted(app.ended) == ["CancelledError", "Ended", "Ended"]
     assert peer.sent == [START, part("one")]
 

@@ -93,8 +93,9 @@ class Peer:
             async with asyncio.timeout(10):
                 yield task
         finally:
-            task.cancel()
-            await asyncio.wait({task})
+            while not task.done():  # some go on after they were cancelled
+                task.cancel()
+                await asyncio.wait({task}, timeout=1)
 
 
 async def _run(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
