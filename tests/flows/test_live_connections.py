@@ -15,14 +15,9 @@ import pytest
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.http.support import bearer, websocket_scope
 from tests.support.api import call, first_token
-from tests.support.guards import create, freshness_of, new_guard, until
-from tests.support.live import ACCEPT, CONNECT, Echo, Peer, closed
 from tests.support.redis import RedisServer
 from tests.support.uvicorn_process import UvicornProcess
-from tfm_guard import APIKeyMiddleware, Guard
-from tfm_guard.redis_access import RedisAccess, Wire
 
 APP = "tests.support.live_api:app"
 CLOSE_FRAME = b"\x88\x02\x03\xf0"  # RFC 6455 section 5.2: final, close, 2 bytes: 1008
@@ -206,68 +201,3 @@ async def test_connections_end_with_their_key(api: Api) -> None:
         for response in streams["/stream"]:
             while time_of(response.readline()) < deleted:
                 pass
-
-
-# The moment of the acknowledgement
-
-
-class TellingWire:
-    """A connection to Redis that notes what is published on it."""
-
-    def __init__(self, wire: Wire, events: list[str]) -> None:
-        self.run_id = wire.run_id
-        self.receive = wire.receive
-        self.close = wire.close
-        self._wire = wire
-        self._events = events
-
-    async def send(self, *commands: Sequence[str | bytes]) -> None:
-        """Note, then send."""
-        self._events += ["acknowledged" for command in commands if ":replies:" in str(command[1:2])]
-        await self._wire.send(*commands)
-
-
-class TellingGuard(Guard):
-    """A guard that notes in *events* when it acknowledges a change."""
-
-    events: list[str]
-
-    def _new_redis(self) -> RedisAccess | None:
-        events = self.events = []
-        assert self.settings.redis_url is not None
-
-        class Telling(RedisAccess):
-            async def connect(self) -> Wire:
-                return TellingWire(await super().connect(), events)
-
-        return Telling(self.settings.redis_url)
-
-
-async def test_it_is_closed_before_it_is_acknowledged(
-    sqlite_url: str, redis_server: RedisServer
-) -> None:
-    """The server has been told to close the WebSocket when the acknowledgement leaves."""
-    async with new_guard(sqlite_url, redis_server.url) as guard:
-        other = TellingGuard(guard.settings)
-        async with other:
-            await until(lambda: ", linked," in repr(freshness_of(other)), what="the link")
-            events = other.events
-
-            class Telling(Peer):
-                async def send(self, message: Any) -> None:
-                    if message["type"] == "websocket.close":
-                        events.append("closed")
-                    await super().send(message)
-
-            guarded = APIKeyMiddleware(Echo(), guard=other)
-            for _ in range(20):
-                created = await create(guard)
-                peer = Telling(CONNECT)
-                scope = websocket_scope(bearer(created.token), denial=True)
-                async with peer.runs(guarded, scope) as running:
-                    await peer.sends(ACCEPT)
-                    events.clear()
-                    await guard.keys.revoke("acme", created.key.id)
-                    assert events[:2] == ["closed", "acknowledged"]
-                    await running
-                assert peer.sent == [ACCEPT, closed()]

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 
 import pytest
@@ -31,6 +31,8 @@ from tests.support.live import (
 )
 from tfm_guard import APIKeyMiddleware, Guard, VerifiedKey
 from tfm_guard.errors import InvalidToken, Unavailable
+from tfm_guard.link import Link, Seals
+from tfm_guard.link import Message as LinkMessage
 from tfm_guard.live import Ended, LiveConnection
 from tfm_guard.records import Change, CreatedKey
 from tfm_guard.testing import ManualClock
@@ -410,6 +412,89 @@ async def test_revoked_between_verifying_and_watching(sqlite_url: str, kind: str
             await guarded(scope, peer.receive, peer.send)
             assert peer.sent[0]["status"] == 401
             assert len(live_of(revoking)) == 0
+
+
+# Before it is acknowledged
+
+
+class ScriptedWire:
+    """A connection to a Redis that confirms subscriptions, is a master, and answers when told to.
+
+    Acknowledgements that leave on it are noted in *events*.
+    """
+
+    run_id = "scripted"
+
+    def __init__(self, events: list[str]) -> None:
+        self.incoming: asyncio.Queue[object] = asyncio.Queue()
+        self.received = 0
+        self._events = events
+
+    async def send(self, *commands: Sequence[str | bytes]) -> None:
+        """Answer what can be answered at once."""
+        for name, *arguments in commands:
+            if name == "SUBSCRIBE":
+                for number, channel in enumerate(map(str, arguments), start=1):
+                    self.incoming.put_nowait([b"subscribe", channel.encode(), number])
+            elif name == "ROLE":
+                self.incoming.put_nowait([b"master"])
+            elif name == "PUBLISH" and arguments[0] == "replies":
+                self._events.append("acknowledged")
+
+    async def receive(self) -> object:
+        """Return what is next."""
+        reply = await self.incoming.get()
+        self.received += 1
+        return reply
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
+async def test_it_is_closed_before_it_is_acknowledged(
+    guard: Guard, created: CreatedKey, clock: ManualClock
+) -> None:
+    """An acknowledgement, be its connection ready that moment, leaves after the server was told."""
+    events: list[str] = []
+    wires: list[ScriptedWire] = []
+
+    class Noting(Peer):
+        async def send(self, message: Message) -> None:
+            if message == closed():
+                events.append("closed")
+            await super().send(message)
+
+    async def connect() -> ScriptedWire:
+        wires.append(ScriptedWire(events))
+        return wires[-1]
+
+    seals = Seals([b"the key of all"])
+    link = Link(
+        connect,
+        names="tfm:",
+        seals=seals,
+        freshness=freshness_of(guard),
+        clock=clock,
+        random=bytes,
+        counters=guard.counters,
+    )
+    await link.start()
+    await turns(lambda: wires and wires[0].received == 2)  # subscribed
+    other = Change(1, "created", "00000000", 1)
+    telling = asyncio.create_task(link.tell([other]))
+    await turns(lambda: len(wires) == 2 and wires[1].received == 1)  # published, not answered
+    news = LinkMessage((Change(2, "revoked", created.key.key_prefix, 2),), "replies", ())
+    peer = Noting(CONNECT)
+    async with peer.runs(APIKeyMiddleware(Echo(), guard=guard), socket_scope(created)) as running:
+        await peer.sends(ACCEPT)
+        # Both become ready in the same turn: who hears of the change, and who acknowledges it.
+        wires[0].incoming.put_nowait([b"message", b"tfm:changes", seals.seal("tfm:changes", news)])
+        wires[1].incoming.put_nowait(1)
+        await turns(lambda: len(events) == 2)
+        await running
+    assert events == ["closed", "acknowledged"]
+    await telling
+    await link.stop()
 
 
 # Where this process cannot be sure
