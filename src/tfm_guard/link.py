@@ -245,9 +245,9 @@ class Link:
         if self._freshness.worker_id in message.struck_off:
             self._freshness.start_afresh()
         acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1])
-        self._publisher.publish_soon(
-            message.reply_to, self._seals.seal(message.reply_to, acknowledgement)
-        )
+        sealed = self._seals.seal(message.reply_to, acknowledgement)
+        # Behind the first steps of whatever the changes have set going: closing WebSockets.
+        asyncio.get_running_loop().call_soon(self._publisher.publish_soon, message.reply_to, sealed)
 
     def _handle_acknowledgement(self, payload: bytes) -> None:
         acknowledgement = self._seals.open(self._replies, payload, Acknowledgement)
