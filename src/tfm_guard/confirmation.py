@@ -5,14 +5,15 @@ register is waited for, until one of these holds:
 
 (a) it has acknowledged the change;
 (b) the register says that it has read the feed so far;
-(c) it cannot trust its memory any more for want of a proof: a lease has passed since the commit,
-    if the register then says that it has no link, or since the change was published on the link
-    that the register then has for it;
+(c) it cannot trust its memory any more for want of a proof: a lease has passed since the change was
+    published on the link that the register has for it, and since the register was first found to
+    say so; or only the latter, if it says that there is no link. A proof that came on an earlier
+    link is older than what the register says of the next;
 (d) it cannot trust its memory any more whatever its link says: it has not read the feed for
     `unfed` seconds.
 
 Which processes there are is in the database: one that comes later reads the feed before it trusts
-anything.
+anything, and is not waited for.
 """
 
 import asyncio
@@ -64,14 +65,17 @@ class Confirmation:
         self._running: dict[tuple[str, int], asyncio.Task[Revocation]] = {}
         self._next_reading: asyncio.Task[Register | None] | None = None
         self._reading: asyncio.Task[Register | None] | None = None
+        self._closed = False
 
     async def close(self) -> None:
         """Leave off waiting; what is committed stays so."""
-        running = list(self._running.values())
-        for task in running:
+        self._closed = True
+        waits = (*self._running.values(), self._reading, self._next_reading)
+        pending = [task for task in waits if task is not None]
+        for task in pending:
             task.cancel()
-        if running:
-            await asyncio.wait(running)
+        if pending:
+            await asyncio.wait(pending)
 
     async def wait(
         self, changes: Sequence[Change], *, confirmed: Callable[[], Awaitable[None]]
@@ -85,6 +89,8 @@ class Confirmation:
         for change in changes:
             # It may have been committed by another process, or have been cancelled just then.
             self._freshness.apply(change)
+        if self._closed:
+            raise NotConfirmed
         last = changes[-1].prefix, changes[-1].version
         task = self._running.get(last)
         if task is None:
@@ -167,10 +173,9 @@ class Confirmation:
             self._clock.monotonic() - watch.started,
             ", ".join(map(str, watch.silent)),
         )
-        marked = {worker for worker, member in watch.silent.items() if member.seen == MARKED}
         with contextlib.suppress(Unavailable):
             await self._store.strike_off(
-                watch.silent.keys() - marked, watch.change_id, marked=marked
+                watch.silent - watch.marked, watch.change_id, marked=watch.silent & watch.marked
             )
 
 
@@ -182,10 +187,16 @@ class Watch:
     ) -> None:
         self.change_id = change_id
         self.started = clock.monotonic()
-        # Who has been in the register since it was first read, and said nothing.
-        self.silent: Register = {}
+        # Who has been in the register since it was first read, and said nothing; and who was found
+        # marked then.
+        self.silent: frozenset[UUID] = frozenset()
+        self.marked: frozenset[UUID] = frozenset()
         self._first = True
+        # Of who was in the register when it was first read: the link that it tells now, and since
+        # when it was found to, monotonic.
+        self._links: dict[UUID, tuple[str | None, float]] = {}
         self._telling = telling
+        self._clock = clock
         self._wait = lease * (1 + _MARGIN)
         self._unfed_wait = unfed + lease * _MARGIN
 
@@ -197,31 +208,40 @@ class Watch:
         """
         if register is None:
             return self.started + self._unfed_wait
-        behind = {
-            worker: member
-            for worker, member in register.items()
-            if member.seen < self.change_id and worker not in heard
-        }
-        self.silent = {
-            worker: member
-            for worker, member in (behind if self._first else self.silent).items()
-            if worker in behind
-        }
-        self._first = False
+        self._note_links(register)
+        behind = frozenset(
+            worker
+            for worker in self._links
+            if register[worker].seen < self.change_id and worker not in heard
+        )
+        if self._first:
+            self._first = False
+            self.silent = behind
+            self.marked = frozenset(w for w in behind if register[w].seen == MARKED)
+        self.silent &= behind
         if self._telling is not None:
-            self._telling.also_tell(w for w, member in behind.items() if member.seen == MARKED)
-        ends = [self._end_of_trust(worker, member) for worker, member in behind.items()]
-        return max(ends, default=-math.inf)
+            self._telling.also_tell(self.marked)
+        return max(map(self._end_of_trust, behind), default=-math.inf)
 
-    def _end_of_trust(self, worker: UUID, member: Member) -> float:
+    def _note_links(self, register: Register) -> None:
+        now = self._clock.monotonic()
+        if self._first:
+            self._links = {worker: (member.link, now) for worker, member in register.items()}
+        self._links = {
+            worker: (register[worker].link, since if register[worker].link == link else now)
+            for worker, (link, since) in self._links.items()
+            if worker in register
+        }
+
+    def _end_of_trust(self, worker: UUID) -> float:
         unfed = self.started + self._unfed_wait
-        if member.link is None:
-            return self.started + self._wait
+        link, since = self._links[worker]
+        if link is None:
+            return min(since + self._wait, unfed)
         if self._telling is None:
             return unfed
-        struck_off = worker if member.seen == MARKED else None
-        told = self._telling.told(member.link, struck_off)
-        return unfed if told is None else min(told + self._wait, unfed)
+        told = self._telling.told(link, worker if worker in self.marked else None)
+        return unfed if told is None else min(max(told, since) + self._wait, unfed)
 
 
 class Telling:

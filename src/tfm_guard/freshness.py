@@ -139,17 +139,22 @@ class Freshness:
         end = self._clock.monotonic() + FLOOR_SECONDS
         self._floors[change.prefix] = change.version, end
         self._floor_ends.append((end, change.prefix))
-        for listener in self._on_change:
-            listener(change)
+        try:
+            for listener in self._on_change:
+                listener(change)
+        except Exception:
+            # The floor would have the change pass for known from now on, and it may not be.
+            self.start_afresh()
+            raise
 
     def link_came(self, link: str) -> None:
         """Note that from now on changes arrive on *link*.
 
         It counts once the register says so, and the feed has been read after that.
         """
-        self._link, self._link_turn = link, self._turn + 1
-        self._link_counts = False
+        self._link = link
         self._heard = -math.inf
+        self._discount_link()
         self._poll_soon.set()
 
     def link_went(self) -> None:
@@ -168,6 +173,7 @@ class Freshness:
     def start_afresh(self) -> None:
         """Forget everything, and trust nothing until the feed has been read."""
         self._forget_everything()
+        self._discount_link()  # nor after a read that is under way
         self._poll_soon.set()
 
     async def poll(self) -> None:
@@ -190,14 +196,13 @@ class Freshness:
                 self.apply(change)
             self._drop_ended_floors()
             if state.turn == place.turn:
-                self._recorded = place.seen, place.link
+                self._note_recorded(place)
             self._advance(state, started)
 
     async def _join(self) -> None:
         """Enter the register, then read the feed: only then is there anything to trust."""
         worker_id = UUID(bytes=self._random(16), version=4)
         await self._store.register_worker(worker_id, f"{socket.gethostname()}:{os.getpid()}")
-        self._link_turn = self._turn + 1  # what was told before, was of the former place
         started = self._clock.monotonic()
         state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))
         if state is None:
@@ -209,12 +214,22 @@ class Freshness:
         for change in recent:
             self.apply(change)
         former, self.worker_id = self.worker_id, worker_id
-        self._recorded = None
+        self._discount_link()  # what was told before, was of the former place
         self._advance(state, started)
         # Nothing is remembered any more that the former place in the register stood for.
         if former != _NOBODY:
             with contextlib.suppress(Unavailable):
                 await self._store.unregister_worker(former)
+
+    def _discount_link(self) -> None:
+        """Let the link not count until the register was told of it anew, and the feed read then."""
+        self._link_turn = self._turn + 1
+        self._link_counts = False
+        self._recorded = None
+
+    def _note_recorded(self, place: Place) -> None:
+        if place.turn >= self._link_turn:
+            self._recorded = place.seen, place.link
 
     def _next_turn(self) -> int:
         self._turn += 1
@@ -304,8 +319,8 @@ class Freshness:
             with contextlib.suppress(Unavailable):
                 await self._store.record_place(worker_id, place)
                 if worker_id == self.worker_id:
-                    self._recorded = place.seen, place.link
-                    if place.link is not None and not self._link_counts:
+                    self._note_recorded(place)
+                    if self._link is not None and not self._link_counts:
                         self._poll_soon.set()
         finally:
             self._recording = None

@@ -78,14 +78,15 @@ class Seals:
         return body + _mac(self._keys[0], channel, body)
 
     def open(self, channel: str, payload: bytes, kind: type[T]) -> T | None:
-        """Return what was sent on *channel*; none unless it was sealed by one of us."""
+        """Return what was sent on *channel*; none unless it was sealed by one of us.
+
+        Raises `msgspec.MsgspecError` if it was, by a release with other fields: what it says is
+        not known then, and may not be passed over.
+        """
         body, mac = payload[:-_SEAL_BYTES], payload[-_SEAL_BYTES:]
         if not any(compare_digest(mac, _mac(key, channel, body)) for key in self._keys):
             return None
-        try:
-            return msgspec.msgpack.decode(body, type=kind)
-        except msgspec.MsgspecError:
-            return None  # of a release with other fields
+        return msgspec.msgpack.decode(body, type=kind)
 
 
 class Link:
@@ -165,12 +166,12 @@ class Link:
             try:
                 await self._serve_a_connection()
             except Exception as error:  # noqa: BLE001  # whatever it is, the next one may be better
+                if self._clock.monotonic() - began > _LONGEST_PAUSE_SECONDS:
+                    pause = _FIRST_PAUSE_SECONDS  # it had been good
                 if pause == _FIRST_PAUSE_SECONDS:
                     _log.warning("changes do not arrive over Redis now: %r", error)
             finally:
                 self._freshness.link_went()
-            if self._clock.monotonic() - began > _LONGEST_PAUSE_SECONDS:
-                pause = _FIRST_PAUSE_SECONDS  # it had been good
             # Jittered, so that processes that lost Redis together do not return together.
             await self._clock.sleep(random.uniform(pause / 2, pause * 3 / 2))  # noqa: S311
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

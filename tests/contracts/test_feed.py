@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -20,7 +21,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import FLOOR_SECONDS, Freshness
 from tfm_guard.records import Change
-from tfm_guard.store import FeedState, Store, schema
+from tfm_guard.store import MARKED, FeedState, Place, Store, schema
 from tfm_guard.store import Member as Registered
 from tfm_guard.testing import ManualClock
 
@@ -31,18 +32,78 @@ WORKERS = select(schema.workers)
 class Member(Freshness):
     """A process that reads the feed when told to, and notes what it hears."""
 
-    def __init__(self, store: Store, *, poll_interval: float = LONG) -> None:
+    def __init__(
+        self, store: Store, *, poll_interval: float = LONG, linked_poll_interval: float = LONG
+    ) -> None:
         self.clock = ManualClock()
         self.counted = Counters()
+        installation = installation_of(lease=LEASE, poll_interval=poll_interval)
         super().__init__(
             store=store,
             clock=self.clock,
-            installation=installation_of(lease=LEASE, poll_interval=poll_interval),
+            installation=installation._replace(linked_poll_interval=linked_poll_interval),
             random=lambda count: uuid4().bytes[:count],
             counters=self.counted,
         )
         self.heard: list[Change] = []
         self.listen(on_change=self.heard.append, on_flush=lambda: None)
+
+    @property
+    def linked(self) -> bool:
+        """Whether its link counts."""
+        return "not linked" not in repr(self)
+
+    async def come_to(self, link: str) -> None:
+        """Have a link, and return when it counts."""
+        self.link_came(link)
+        await until(lambda: self.linked, what="the link counts")
+
+    def hear(self) -> None:
+        """Have the link answer what is asked now."""
+        self.link_answered(self.clock.monotonic())
+
+
+class Polls:
+    """The polls of a store, which can be held up after the database's answer, or refused."""
+
+    def __init__(self, store: Store) -> None:
+        self._poll = store.poll
+        self._held_up: asyncio.Task[None] | None = None
+        self._held = asyncio.Semaphore(0)
+        self._let_go = asyncio.Semaphore(0)
+        self.answered = 0
+        self.failing = False
+
+    async def __call__(self, *args: Any) -> FeedState | None:
+        """Poll, and return the answer when it is let through."""
+        if self.failing:
+            raise Unavailable("a test")
+        state = await self._poll(*args)
+        self.answered += 1
+        if asyncio.current_task() is self._held_up:
+            self._held.release()
+            await self._let_go.acquire()
+        return state
+
+    async def begin(self, member: Member) -> None:
+        """Have *member* poll; return when that was answered, and *member* does not know it yet."""
+        self._held_up = asyncio.create_task(member.poll())
+        await self._held.acquire()
+
+    def more_than(self, count: int) -> bool:
+        """Tell whether the database has answered more than *count*."""
+        return self.answered > count
+
+    async def next(self) -> None:
+        """Let the answer through, and return when the same poll has asked once more."""
+        self._let_go.release()
+        await self._held.acquire()
+
+    async def end(self) -> None:
+        """Let the answer through, and return when it has been applied."""
+        assert self._held_up is not None
+        self._let_go.release()
+        await self._held_up
 
 
 Wrap = Callable[[Callable[[FeedState | None], FeedState | None]], None]
@@ -55,6 +116,14 @@ async def member(store: Store) -> AsyncIterator[Member]:
     await member.start()
     yield member
     await member.stop()
+
+
+@pytest.fixture
+def polls(store: Store, monkeypatch: pytest.MonkeyPatch) -> Polls:
+    """Get a hold of the polls that follow."""
+    polls = Polls(store)
+    monkeypatch.setattr(store, "poll", polls)
+    return polls
 
 
 @pytest.fixture
@@ -357,6 +426,265 @@ async def test_many_changes_between_two_polls(store: Store, member: Member) -> N
     await member.poll()
     assert [change.id for change in member.heard] == list(range(1, 101))
     assert all(member.floor(f"{number:08x}") == 1 for number in range(100))
+
+
+async def test_a_listener_that_fails_has_everything_forgotten(store: Store, member: Member) -> None:
+    """A change that was applied by half is not taken for known: nothing from before is trusted."""
+    calls: list[str] = []
+
+    def fail_once(change: Change) -> None:
+        calls.append(change.prefix)
+        if len(calls) == 1:
+            raise RuntimeError("a test")
+
+    member.listen(on_change=fail_once, on_flush=lambda: None)
+    await create_key(store, "00000001")
+    with pytest.raises(RuntimeError, match="a test"):
+        await member.poll()
+    assert forgot(member, times=1)
+    assert not member.is_fresh()
+    await until(member.is_fresh, what="the next poll")
+    assert calls == ["00000001"]
+    assert forgot(member, times=1)
+
+
+async def test_a_floor_is_not_prolonged_by_what_is_known(member: Member) -> None:
+    """Whoever replays a message for ever does not have its floor kept for ever."""
+    change = Change(1, "revoked", "00000001", 2)
+    member.apply(change)
+    member.clock.advance(FLOOR_SECONDS - 1)
+    member.apply(change)
+    member.apply(change._replace(version=1))
+    member.clock.advance(1)
+    await member.poll()
+    assert member.floor("00000001") == 0
+    assert "floors=0" in repr(member)
+
+
+async def test_a_write_that_comes_late_changes_nothing(store: Store) -> None:
+    """Of what a process says of its place only a higher turn counts, however it is said."""
+    for number in range(1, 6):
+        await create_key(store, f"0000000{number}")
+    worker_id = uuid4()
+    await store.register_worker(worker_id, "a test")
+    await store.record_place(worker_id, Place(3, "x", 7))
+    for late in (Place(5, "y", 7), Place(2, None, 6), Place(5, None, 1)):
+        await store.record_place(worker_id, late)
+        assert (await store.read_register())[worker_id] == Registered(3, "x")
+        state = await store.poll(worker_id, late)
+        assert state is not None
+        assert (state.head, state.turn) == (5, 7)
+        assert (await store.read_register())[worker_id] == Registered(3, "x")
+    await store.record_place(worker_id, Place(2, None, 8))
+    assert (await store.read_register())[worker_id] == Registered(2, None)
+
+
+async def test_a_mark_cannot_be_written_over(store: Store) -> None:
+    """Struck off, a process can record nothing and finds that it has no place any more."""
+    workers = [uuid4() for _ in range(3)]
+    for worker_id in workers:
+        await store.register_worker(worker_id, "a test")
+    behind, ahead, marked = workers
+    await store.record_place(behind, Place(1, "x", 1))
+    await store.record_place(ahead, Place(2, "x", 1))
+    # Only who is still behind is marked, and only who is marked is removed.
+    await store.strike_off([behind, ahead], 2, marked=[marked])
+    register = await store.read_register()
+    assert register == {
+        behind: Registered(MARKED, "x"),
+        ahead: Registered(2, "x"),
+        marked: Registered(0, None),
+    }
+    await store.record_place(behind, Place(2, None, 9))
+    assert await store.poll(behind, Place(0, None, 10)) is None
+    assert await store.read_register() == register
+    await store.strike_off([], 3, marked=[behind])
+    assert {*await store.read_register()} == {ahead, marked}
+
+
+async def test_a_link_counts_once_the_register_tells_it(database_url: str, member: Member) -> None:
+    """It comes, is written down, and then counts: as long as its answers are younger than 2 s."""
+    member.link_came("x")
+    member.hear()
+    assert not member.linked
+    await until(lambda: member.linked, what="the link counts")
+    assert [row.link for row in execute(database_url, WORKERS)] == ["x"]
+    member.clock.advance(5)
+    assert not member.is_fresh()
+    member.link_answered(member.clock.monotonic() - 0.5)
+    member.clock.advance(1.49)
+    assert member.is_fresh()
+    # An answer to an earlier question takes nothing back.
+    member.link_answered(1)
+    assert member.is_fresh()
+    member.clock.advance(0.02)
+    assert not member.is_fresh()
+
+
+async def test_a_link_that_does_not_count_renews_nothing(member: Member, polls: Polls) -> None:
+    """Without a link, or with one that the register does not tell yet, no answer counts."""
+    member.hear()
+    polls.failing = True
+    for _ in range(2):
+        member.clock.advance(1.5)
+        member.hear()
+        assert member.is_fresh() == (member.clock.monotonic() < LEASE)
+        member.link_came("x")
+
+
+async def test_a_poll_from_before_the_link_does_not_make_it_count(
+    member: Member, polls: Polls
+) -> None:
+    """What was published before the link came is in the feed, but not in one read earlier."""
+    await polls.begin(member)
+    member.link_came("x")
+    await polls.end()
+    assert not member.linked
+    await until(lambda: member.linked, what="the link counts")
+
+
+async def test_a_lost_link_counts_only_after_another_poll(member: Member, polls: Polls) -> None:
+    """What was published in between is in the feed, be it the same server that is back."""
+    await member.come_to("x")
+    await polls.begin(member)
+    for link in ("x", "y", "x"):
+        member.link_went()
+        assert not member.linked
+        member.link_came(link)
+        member.hear()
+    await polls.end()
+    assert not member.linked
+    await until(lambda: member.linked, what="the link counts")
+
+
+async def test_a_lost_link_keeps_its_word(member: Member, polls: Polls) -> None:
+    """An answer is good for its 2 s although the link is lost, and no later one is."""
+    await member.come_to("x")
+    member.clock.advance(10)
+    member.hear()
+    polls.failing = True
+    member.link_went()
+    member.clock.advance(1.99)
+    assert member.is_fresh()
+    member.hear()
+    member.clock.advance(0.01)
+    assert not member.is_fresh()
+
+
+async def test_a_link_alone_counts_until_unfed(member: Member) -> None:
+    """60 s after the last read of the feed began the link is trusted no more."""
+    await member.come_to("x")
+    started = member.clock.monotonic()
+    for _ in range(59):
+        member.clock.advance(1)
+        member.hear()
+        assert member.is_fresh()
+    member.clock.advance(0.99)
+    member.hear()
+    assert member.is_fresh()
+    member.clock.advance(0.01)
+    assert member.clock.monotonic() == started + 60
+    member.hear()
+    assert not member.is_fresh()
+    await member.poll()
+    assert member.is_fresh()
+
+
+async def test_a_link_that_comes_back_is_told_again(
+    store: Store, database_url: str, member: Member, polls: Polls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost and found again while the database was away, it counts when that is back."""
+    await member.come_to("x")
+    with monkeypatch.context() as patch:
+
+        async def fail(*_: Any) -> None:
+            raise Unavailable("a test")
+
+        patch.setattr(store, "record_place", fail)
+        polls.failing = True
+        member.link_went()
+        member.link_came("x")
+        with pytest.raises(Unavailable):
+            await member.poll()
+    polls.failing = False
+    await member.poll()
+    await until(lambda: member.linked, what="the link counts")
+    assert [row.link for row in execute(database_url, WORKERS)] == ["x"]
+
+
+async def test_no_poll_under_way_outlives_starting_afresh(member: Member, polls: Polls) -> None:
+    """Told to forget everything while it polls, a process trusts its link only after the next."""
+    await member.come_to("x")
+    await polls.begin(member)
+    member.start_afresh()
+    assert forgot(member, times=1)
+    assert not member.is_fresh()
+    await polls.end()
+    assert not member.linked
+    await until(lambda: member.linked, what="the link counts")
+    assert forgot(member, times=1)
+
+
+async def test_a_poll_that_took_too_long_does_not_make_a_link_count(
+    store: Store, member: Member, change_polls: Wrap
+) -> None:
+    """A read of more than a lease is no read: whoever revokes a key may have waited it out."""
+    await create_key(store, "00000001")
+    slow = True
+
+    def slowly(state: FeedState | None) -> FeedState | None:
+        member.clock.advance(LEASE + 0.01 if slow else 0)
+        return state
+
+    change_polls(slowly)
+    member.link_came("x")
+    with pytest.raises(Unavailable, match="could not be checked"):
+        await member.poll()
+    assert not member.linked
+    assert member.heard == []
+    slow = False
+    await member.poll()
+    await until(lambda: member.linked, what="the link counts")
+    assert [change.id for change in member.heard] == [1]
+
+
+async def test_a_new_place_begins_without_a_link(
+    database_url: str, member: Member, polls: Polls
+) -> None:
+    """Registered anew, a process tells its link in its new place before that counts."""
+    await member.come_to("x")
+    old = member.worker_id
+    execute(database_url, delete(schema.workers))
+    await polls.begin(member)
+    await polls.next()  # it has no place any more, and so reads the feed again in its new one
+    await polls.end()
+    assert not member.linked
+    assert member.worker_id != old
+    await until(lambda: member.linked, what="the link counts")
+    (row,) = execute(database_url, WORKERS)
+    assert (row.id, row.link) == (member.worker_id, "x")
+
+
+async def test_with_a_link_the_feed_is_read_less_often(store: Store, polls: Polls) -> None:
+    """Every 0.25 s without a link, every second with one, and at once when it comes or goes."""
+    member = Member(store, poll_interval=0.25, linked_poll_interval=1)
+    await member.start()
+    await member.clock.wait_for_sleepers(1)
+    counts: list[int] = []
+    for change in (member.link_went, partial(member.link_came, "x"), member.link_went):
+        before = polls.answered
+        change()
+        if counts:
+            await until(partial(polls.more_than, before), what="a poll")  # time stands still
+        await until(lambda: member.linked == (len(counts) == 1), what="the link")
+        await member.clock.wait_for_sleepers(1)
+        before = polls.answered
+        await member.clock.pass_time(4)
+        counts.append(polls.answered - before)
+    assert counts[0] == 16
+    assert 4 <= counts[1] <= 5
+    assert 16 <= counts[2] <= 17
+    await member.stop()
 
 
 FORK = """

@@ -144,6 +144,53 @@ async def test_time_passes_over_a_sleeper_that_ended() -> None:
     assert clock.monotonic() == 5
 
 
+async def test_an_event_wakes_a_sleeper_early() -> None:
+    """Whoever sleeps unless an event is set wakes when it is, or was; else when its time comes."""
+    clock = ManualClock()
+    event = asyncio.Event()
+    for moves, sets in ((0, True), (1, False), (0, True)):
+        task = asyncio.create_task(clock.sleep(1, unless=event))
+        await clock.wait_for_sleepers(1)
+        clock.advance(0.5)
+        await clock.pass_time(0)
+        assert not task.done()
+        if sets:
+            event.set()
+        await clock.pass_time(moves)
+        await task
+        assert repr(clock).endswith("sleepers=0)")
+        event.clear()
+    event.set()
+    await clock.sleep(1, unless=event)
+    assert clock.monotonic() == 2.5
+    assert len(asyncio.all_tasks()) == 1
+
+
+@pytest.mark.parametrize("clock", [ManualClock(), SystemClock()], ids=["manual", "system"])
+async def test_a_sleeper_is_cancelled_for_sure(clock: Clock) -> None:
+    """Cancelled in the moment in which its event is set, it does not go on as if it had woken."""
+    event = asyncio.Event()
+    task = asyncio.create_task(clock.sleep(60, unless=event))
+    await asyncio.wait({task}, timeout=0.01)
+    event.set()
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+
+
+async def test_the_system_clock_sleeps_so_long_unless_woken() -> None:
+    """On the real clock, too, an event ends a sleep, and without it the time does."""
+    clock = SystemClock()
+    event = asyncio.Event()
+    started = clock.monotonic()
+    await clock.sleep(0.02, unless=event)
+    assert 0.015 < clock.monotonic() - started < 30
+    event.set()
+    await clock.sleep(60, unless=event)
+    await clock.sleep(0, unless=event)
+    assert clock.monotonic() - started < 30
+
+
 def test_the_system_clock_goes_on() -> None:
     """Both times of the real clock advance, and the wall time is UTC."""
     clock = SystemClock()

@@ -15,15 +15,17 @@ from sqlalchemy import insert, select
 from starlette.types import Message
 
 from tests.http.support import Answer, bearer, call, database_gone, http_scope, make_guard
-from tests.support.guards import prepare
+from tests.support.guards import new_guard, prepare
 from tests.support.postgres import PostgresServer
 from tests.support.proxy import Proxy
 from tests.support.sql import execute
 from tfm_guard import Guard
+from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.errors import InsufficientScope, InvalidToken
 from tfm_guard.http.management import CreatedKeyResponse
 from tfm_guard.records import ApiKey
 from tfm_guard.store import schema
+from tfm_guard.testing import ManualClock
 
 KEYS = "/v1/api-keys/"
 MOMENT = r'"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z"'
@@ -140,6 +142,42 @@ async def test_deleting_answers_as_documented(api: Api) -> None:
     assert answer.header("content-type") is None
     refused = await api.call("GET", caller="sender")
     assert (refused.status, refused.code) == (401, "invalid_token")
+
+
+async def test_deleting_is_not_confirmed_before_it_holds_everywhere(database_url: str) -> None:
+    """While a process may still accept the key: 503 and a pause; later 204, and 404 after that."""
+    clock = ManualClock()
+    guard = new_guard(database_url, clock=clock)
+    async with guard:
+        manager = await guard.keys.create(account_id="acme", name="m", scopes=["api-keys:write"])
+        doomed = await guard.keys.create(account_id="acme", name="d")
+        # A process that says nothing, on a link that nobody here can publish on.
+        row = {"id": uuid4(), "name": "cut off", "link": "x/y", "seen": 0, "turn": 1}
+        execute(database_url, insert(schema.workers).values(**row, registered_at=clock.now()))
+
+        async def delete() -> Answer:
+            scope = http_scope("DELETE", f"{KEYS}{doomed.key.id}", bearer(manager.token))
+            return await call(guard.management_app(), scope)
+
+        async def delete_when(*pauses: float) -> Answer:
+            deleting = asyncio.create_task(delete())
+            # Who sleeps: the caller, who watches the register for it, and who reads the feed.
+            await clock.wait_for_sleepers(3)
+            for pause in pauses:
+                await clock.pass_time(pause)
+            return await deleting
+
+        answer = await delete_when(CONFIRM_SECONDS)
+        assert (answer.status, answer.code) == (503, "unconfirmed")
+        assert int(answer.header("retry-after") or 0) in range(1, 4)
+        with pytest.raises(InvalidToken):
+            await guard.verify(doomed.token)
+        # Longer than any process trusts its link alone.
+        await clock.pass_time(61 - CONFIRM_SECONDS - 1)
+        answer = await delete_when(1.1)
+        assert (answer.status, answer.body) == (204, b"")
+        answer = await delete()
+        assert (answer.status, answer.code) == (404, "not_found")
 
 
 async def test_a_key_may_delete_itself(api: Api) -> None:
