@@ -123,7 +123,7 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         "self._heard + times.lease",
     ),
     "the link counts as soon as it is there": Break(
-        Freshness, "link_came", "self._link_counts = False", "self._link_counts = True"
+        Freshness, "link_came", "self._discount_link()", "self._link_counts = True"
     ),
     "the register's link is whatever server the URL led to": Break(
         Link, "_name_of", 'f"{run_id}/{self._seals.id}"', '"redis"'
@@ -198,7 +198,10 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     ),
     # Revoking.
     "revoking waits for nobody": Break(
-        Watch, "look", "return max(ends, default=-math.inf)", "return -math.inf"
+        Watch,
+        "look",
+        "return max(map(self._end_of_trust, behind), default=-math.inf)",
+        "return -math.inf",
     ),
     "revoking takes an unreadable register for an empty one": Break(
         Watch, "look", "return self.started + self._unfed_wait", "return -math.inf"
@@ -241,10 +244,8 @@ UNNOTICED: dict[str, Callable[[], Undo]] = {
         "_join",
         "    await self._store.register_worker(worker_id, "
         'f"{socket.gethostname()}:{os.getpid()}")\n'
-        "    self._link_turn = self._turn + 1  # what was told before, was of the former place\n"
         "    started = self._clock.monotonic()\n"
         "    state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))\n",
-        "    self._link_turn = self._turn + 1\n"
         "    started = self._clock.monotonic()\n"
         "    state = FeedState(*await self._store.head())\n"
         "    await self._store.register_worker(worker_id, '')\n",
@@ -314,8 +315,11 @@ UNNOTICED: dict[str, Callable[[], Undo]] = {
         Confirmation, "wait", "self._freshness.apply(change)", "pass"
     ),
     "revoking waits for exactly the lease": Constant(confirmation, "_MARGIN", lambda _: 0.0),
+    "revoking counts a lease from telling on a link that the register did not have then": Break(
+        Watch, "_end_of_trust", "max(told, since)", "told"
+    ),
     "revoking waits from the commit, not from telling": Break(
-        Watch, "_end_of_trust", "told + self._wait", "self.started + self._wait"
+        Watch, "_end_of_trust", "max(told, since) + self._wait", "self.started + self._wait"
     ),
     "revoking believes a register that was read too early": Break(
         Confirmation, "_watch", "if end <= asked:", "if end <= self._clock.monotonic():"
@@ -323,11 +327,11 @@ UNNOTICED: dict[str, Callable[[], Undo]] = {
     "a silent process is removed without a mark": Break(
         Confirmation,
         "_strike_off",
-        "watch.silent.keys() - marked, watch.change_id, marked=marked",
-        "[], watch.change_id, marked=watch.silent.keys()",
+        "watch.silent - watch.marked, watch.change_id, marked=watch.silent & watch.marked",
+        "[], watch.change_id, marked=watch.silent",
     ),
     "a marked process is not told that it is struck off": Break(
-        Watch, "_end_of_trust", "worker if member.seen == MARKED else None", "None"
+        Watch, "_end_of_trust", "worker if worker in self.marked else None", "None"
     ),
 }
 
@@ -369,6 +373,9 @@ FOCUS: dict[str, tuple[Fault, ...]] = {
     "memory is filled although the floor moved": (faults.pause,),
     "who refused a revoked key may accept it": (faults.pause,),
     "revoking takes every link to have been told": _LONELY,
+    "revoking counts a lease from telling on a link that the register did not have then": Break(
+        Watch, "_end_of_trust", "max(told, since)", "told"
+    ),
     "revoking waits from the commit, not from telling": _LINKS,
     "revoking believes a register that was read too early": _LINKS,
     "a silent process is removed without a mark": (faults.pause, faults.cut_from_database),
