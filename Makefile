@@ -2,12 +2,14 @@
 PYTHON ?= python3
 ARGS ?=
 
+# Neighbours stay in one process, which shares servers among them, until the other has nothing left.
+IN_TWO = --numprocesses 2 --dist worksteal
 PIP = -m pip --disable-pip-version-check --no-input --quiet
 COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --universal \
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock test-floors clean
+.PHONY: help demo test simulate faults check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -16,8 +18,14 @@ help: ## List the targets.
 demo: .venv/.ready ## Serve the example on this machine (ARGS="--port 9000").
 	@.venv/bin/tfm-guard demo $(ARGS)
 
-test: .venv/.ready ## Run the whole test suite (ARGS="-k revoke").
-	@.venv/bin/python -m pytest $(ARGS)
+test: .venv/.ready ## Run the whole test suite in two processes (ARGS="-k revoke").
+	@.venv/bin/python -m pytest $(IN_TWO) $(ARGS)
+
+simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --steps 1000000").
+	@.venv/bin/python -m tests.simulation $(ARGS)
+
+faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
+	@.venv/bin/python -m tests.faults $(ARGS)
 
 check: .venv/.ready ## Lint; check the formatting, the types and the floors (who imports whom).
 	@.venv/bin/ruff check
@@ -33,7 +41,7 @@ lock: build/uv/.ready ## Resolve both lock files anew: newest versions, oldest a
 	@$(COMPILE) --upgrade --resolution lowest-direct -o requirements/floors.lock
 
 test-floors: .venv-floors/.ready ## Run the suite on the oldest versions that pyproject.toml allows.
-	@.venv-floors/bin/python -m pytest $(ARGS)
+	@.venv-floors/bin/python -m pytest $(IN_TWO) $(ARGS)
 
 clean: ## Remove what the other targets made, except the lock files.
 	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
-"""Databases for every test, and the rule that no test is left out unnoticed."""
+"""Databases for every test, tests that run alone, and the rule that none is left out unnoticed."""
 
+import fcntl
 import itertools
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -10,6 +11,32 @@ from tests.support.postgres import PostgresServer
 from tests.support.redis import RedisServer
 
 _numbers = itertools.count(1)
+# Locked by every test while it runs, for itself alone or together with those of other processes.
+_room = Path(__file__).open("rb")  # noqa: SIM115  # open until the process ends
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Run a test that is marked `alone` when no other process of this run has one under way."""
+    alone = item.get_closest_marker("alone") is not None
+    fcntl.flock(_room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    try:
+        return (yield)
+    finally:
+        # Several such tests need not wait for the others each.
+        if not (alone and nextitem and nextitem.get_closest_marker("alone")):
+            fcntl.flock(_room, fcntl.LOCK_UN)
+
+
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let a busy machine take its time for queries, but in tests that are marked `alone`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("alone") is None:
+            patch.setattr("tfm_guard.store.database.READ_SECONDS", 10.0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +53,7 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     name = f"test_{next(_numbers)}"
     yield postgres_server.create_database(name)
     postgres_server.start()
-    postgres_server.drop_database(name)
+    postgres_server.recycle_database(name)
 
 
 @pytest.fixture(scope="session")

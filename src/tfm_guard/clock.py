@@ -38,8 +38,7 @@ class SystemClock:
         if unless is None:
             await asyncio.sleep(seconds)
         else:
-            # Not wait_for: in Python 3.11 that loses a cancellation that comes together with the
-            # event, and who has cancelled this waits for ever.
+            # Not wait_for: Python 3.11's goes on if it is cancelled just as the event is set.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await unless.wait()

@@ -5,8 +5,13 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -124,34 +129,29 @@ class Guard:
             raw = token if isinstance(token, bytes) else token.encode("ascii")
         except UnicodeEncodeError:
             raise InvalidToken("not of the form of a key") from None
-        try:
+        with self._outages.noted():
             verifier = (await self._open_for_request()).verifier
-            key = verifier.recall(as_headers(raw)) or await verifier.look_up(raw)
-        except InvalidToken:
-            raise
-        except Unavailable as error:
-            self._outages.note(error.reason)
-            raise
-        except GuardError as error:
-            self._outages.note(str(error))
-            raise Unavailable("the guard cannot be opened") from error
-        except Exception as error:
-            # A fault of ours. Nothing is known about the token, so nothing is said about it.
-            self._outages.note(type(error).__name__, fault=error)
-            raise Unavailable("internal error") from error
-        return key
+            return verifier.recall(as_headers(raw)) or await verifier.look_up(raw)
 
     async def holds(self, key: VerifiedKey) -> bool:
         """Tell whether *key*, verified a while ago, is still active, with all its scopes.
 
-        For what goes on for long, such as a streamed response: as cheap as verifying. Raises
-        `Unavailable` where it cannot be known now.
+        For what goes on for long, such as a streamed response; as cheap as verifying:
+        `while await guard.holds(request.user): yield ...`. Raises `Unavailable` where it cannot be
+        known now: never treat that one as a no.
         """
-        return await (await self._open_for_request()).verifier.holds(key)
+        with self._outages.noted():
+            return await (await self._open_for_request()).verifier.holds(key)
 
     def watch(self, key: VerifiedKey) -> AbstractContextManager[LiveConnection]:
-        """Return a connection of *key* that ends with it, as a context. The guard must be open."""
-        return self._opened_parts().live.watch(key)
+        """Return a connection that ends with *key*, as a context.
+
+        `check` it first: the key may have changed since it was verified. Raises `Unavailable` if
+        the guard is not open.
+        """
+        if self._parts is None:
+            raise Unavailable("the guard is closed")
+        return self._parts.live.watch(key)
 
     async def open(self) -> None:
         """Open the guard: bring up an empty database, load its secrets, start the parts.
@@ -353,7 +353,8 @@ class Guard:
                 clock=clock,
                 random=self._random,
             )
-            live = LiveConnections(freshness=freshness, holds=verifier.holds)
+            live = LiveConnections(freshness=freshness, holds=self.holds, clock=clock)
+            ending.push_async_callback(live.close)
             accounts = AccountManager(store=store, plans=settings.plans)
             return _Parts(verifier, live, keys, accounts, ending.pop_all())
 
@@ -396,6 +397,24 @@ class Outages:
         self._clock = clock
         self._count = 0
         self._quiet_until = -math.inf
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what keeps the block from knowing about a token, and raise it as `Unavailable`."""
+        try:
+            yield
+        except InvalidToken:
+            raise
+        except Unavailable as error:
+            self.note(error.reason)
+            raise
+        except GuardError as error:
+            self.note(str(error))
+            raise Unavailable("the guard cannot be opened") from error
+        except Exception as error:
+            # A fault of ours. Nothing is known about the token, so nothing is said about it.
+            self.note(type(error).__name__, fault=error)
+            raise Unavailable("internal error") from error
 
     def note(self, reason: str, *, fault: Exception | None = None) -> None:
         """Note a token that could not be verified, for *reason*; show where a *fault* arose."""

@@ -148,8 +148,7 @@ class KeyManager:
         """
 
         async def revoke(transaction: Transaction) -> Change | None:
-            await transaction.lock_account(account_id)
-            row = await transaction.find_key(account_id, key_id)
+            row = await transaction.lock_key(account_id, key_id)
             if row is None or row.confirmed_at is not None:
                 raise KeyNotFound
             if row.revoked_at is not None:

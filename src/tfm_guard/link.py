@@ -56,8 +56,8 @@ class Message(Struct, array_like=True, frozen=True):
 class Acknowledgement(Struct, array_like=True, frozen=True):
     """A process says that it has handled a message whose last change is *change*.
 
-    Its number alone would not do: who joins the wait for a key that was revoked earlier names the
-    head of the feed at that moment, and may do so for several keys.
+    Its number would not do: who joins a wait for an earlier change, of whatever key, takes the
+    number of the latest.
     """
 
     worker_id: UUID
@@ -150,9 +150,10 @@ class Link:
         try:
             yield collected
         finally:
-            self._awaited[change].remove(collected)
-            if not self._awaited[change]:
-                del self._awaited[change]
+            # By identity: two that have heard of the same processes are equal.
+            others = [other for other in self._awaited.pop(change) if other is not collected]
+            if others:
+                self._awaited[change] = others
 
     def _name_of(self, run_id: str) -> str:
         # Processes that seal with different keys do not understand each other for certain.
@@ -183,17 +184,17 @@ class Link:
             self._freshness.link_came(self._name_of(wire.run_id))
             _log.info("changes arrive over Redis")
             self._asked.clear()
-            pinging = asyncio.get_running_loop().create_task(self._keep_pinging(wire))
+            lost = asyncio.Event()
             reading = asyncio.get_running_loop().create_task(self._read(wire))
+            reading.add_done_callback(lambda _: lost.set())
             try:
-                await asyncio.wait({pinging, reading}, return_when=asyncio.FIRST_COMPLETED)
+                while not reading.done():
+                    await self._ping(wire)
+                    await self._clock.sleep(_PING_SECONDS, unless=lost)
             finally:
-                pinging.cancel()
                 reading.cancel()
-                await asyncio.wait({pinging, reading})
-            for task in (pinging, reading):
-                if not task.cancelled():
-                    task.result()
+                await asyncio.wait({reading})
+            reading.result()
         finally:
             await wire.close()
 
@@ -205,15 +206,13 @@ class Link:
             if confirmation != [b"subscribe", channel.encode(), number]:
                 raise ConnectionError("Redis did not confirm the subscription")
 
-    async def _keep_pinging(self, wire: Wire) -> None:
-        while True:
-            now = self._clock.monotonic()
-            if now - min(self._asked.values(), default=now) >= _SILENCE_SECONDS:
-                raise ConnectionError(f"Redis was silent for {_SILENCE_SECONDS:g} s")
-            nonce = self._random(8).hex().encode()
-            self._asked[nonce] = now
-            await wire.send(("PING", nonce))
-            await self._clock.sleep(_PING_SECONDS)
+    async def _ping(self, wire: Wire) -> None:
+        now = self._clock.monotonic()
+        if now - min(self._asked.values(), default=now) >= _SILENCE_SECONDS:
+            raise ConnectionError(f"Redis was silent for {_SILENCE_SECONDS:g} s")
+        nonce = self._random(8).hex().encode()
+        self._asked[nonce] = now
+        await wire.send(("PING", nonce))
 
     async def _read(self, wire: Wire) -> None:
         while True:
@@ -247,9 +246,9 @@ class Link:
         if self._freshness.worker_id in message.struck_off:
             self._freshness.start_afresh()
         acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1])
-        self._publisher.publish_soon(
-            message.reply_to, self._seals.seal(message.reply_to, acknowledgement)
-        )
+        sealed = self._seals.seal(message.reply_to, acknowledgement)
+        # Behind the first steps of whatever the changes have set going: closing WebSockets.
+        asyncio.get_running_loop().call_soon(self._publisher.publish_soon, message.reply_to, sealed)
 
     def _handle_acknowledgement(self, payload: bytes) -> None:
         acknowledgement = self._seals.open(self._replies, payload, Acknowledgement)

@@ -14,9 +14,12 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.local_cache import LocalCache
-from tfm_guard.records import CacheEntry, KeyCredentials, StoredKey, VerifiedKey
+from tfm_guard.records import CacheEntry, Change, KeyCredentials, StoredKey, VerifiedKey
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
 from tfm_guard.store import Store
+
+# A change that was not read from the feed.
+_UNNUMBERED: Final = 0
 
 
 class Known(NamedTuple):
@@ -89,10 +92,18 @@ class KeyReader:
         # A read that has been sent may have missed a change made before this call. While fresh,
         # that change would have detached the flight; otherwise nobody can tell.
         found, joined = await self._board(prefix, sent_ones_too=self._freshness.is_fresh())
-        if found is None and joined:
-            # Nobody waits until all know of a new key: it may have been made since that read.
+        if joined and self._may_differ_now(found):
             found, _ = await self._board(prefix, sent_ones_too=False)
         return found
+
+    def _may_differ_now(self, found: Known | Unproven | None) -> bool:
+        """Tell whether time alone, or what nobody waits for, may have changed what was found."""
+        if found is None:
+            return True  # nobody waits until all know of a new key: it may have been made since
+        expires_at = (found.row if isinstance(found, Unproven) else found.entry).expires_at
+        if expires_at is None:
+            return False
+        return expires_at.timestamp() - self._freshness.database_time() < SKEW_SECONDS
 
     async def _board(
         self, prefix: str, *, sent_ones_too: bool
@@ -187,6 +198,7 @@ class KeyReader:
         if self._still_stands(prefix, beginning):
             age = now - entry.sealed_at
             self._remember(prefix, known, self._clock.monotonic(), MAX_AGE_SECONDS - age)
+        self._learn(prefix, entry)
         return known
 
     def _know_row(self, row: StoredKey, digest: bytes, beginning: Beginning) -> Known:
@@ -211,7 +223,17 @@ class KeyReader:
             self._remember(row.prefix, known, beginning.monotonic, MAX_AGE_SECONDS)
             if self._shared is not None:
                 self._shared.put(row.prefix, entry)
+        self._learn(row.prefix, entry)
         return known
+
+    def _learn(self, prefix: str, entry: CacheEntry) -> None:
+        """Take a revocation that was read for known: who has refused a key does not accept it.
+
+        Memory may hold it from before, and a poll begun before the revocation may make memory count
+        again.
+        """
+        if entry.revoked and entry.version > self._freshness.floor(prefix):
+            self._freshness.apply(Change(_UNNUMBERED, "revoked", prefix, entry.version))
 
     def _still_stands(self, prefix: str, beginning: Beginning) -> bool:
         return (

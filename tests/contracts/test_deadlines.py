@@ -19,6 +19,8 @@ from tfm_guard.errors import ConfigurationError, Unavailable
 from tfm_guard.store import Store, schema
 from tfm_guard.store.database import Database
 
+pytestmark = pytest.mark.alone
+
 
 async def refusal(call: Awaitable[Any]) -> tuple[str, float]:
     """Return why *call* is unavailable, and after how many seconds that was known."""

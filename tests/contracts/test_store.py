@@ -109,7 +109,7 @@ async def test_a_transaction_finds_only_an_accounts_own_keys(store: Store) -> No
     key, other = await create_key(store, "00000001"), await create_key(store, "00000002")
 
     async def find(account_id: str, key_id: UUID) -> Any:
-        row, changes = await store.transact(lambda t: t.find_key(account_id, key_id))
+        row, changes = await store.transact(lambda t: t.lock_key(account_id, key_id))
         assert changes == []
         return row
 

@@ -14,6 +14,7 @@ from tests.support.guards import (
     Cost,
     cost_of,
     create,
+    cut_off,
     freshness_of,
     is_revoked,
     local_of,
@@ -262,6 +263,8 @@ async def test_what_is_not_fresh_asks_the_database(
         unknown = tagger_of(guard).mint(bytes(RANDOM_BYTES))
         await verify_and_fill(guard, created)
         await refusal(guard, unknown)
+        await cut_off(guard)
+        await freshness_of(guard).poll()
         clock.advance(1.9)
         for call in (guard.verify(created.token), refusal(guard, unknown)):
             assert await cost_of(guard, call) == NOTHING
@@ -282,6 +285,7 @@ async def test_a_cut_off_process_asks_the_database(one: Guard, another: Guard) -
     created = await create(one)
     await verify_and_fill(one, created)
     await another.verify(created.token)
+    await cut_off(another)
     freshness_of(another).fresh_until = 0.0  # its lease has ended
     one_lease = one.keys._confirmation  # noqa: SLF001
     one_lease._lease = 0.0  # noqa: SLF001  # and so long one need not wait

@@ -211,9 +211,9 @@ def test_a_redis_url_that_cannot_work_is_named_by_its_option(tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize("name", ["a?b", "%41", "a#b", "c@d:e"])
-def test_any_folder_will_do(tmp_path: Path, name: str) -> None:
+def test_any_folder_will_do(tmp_path: Path) -> None:
     """Characters that mean something in a URL mean nothing in the name of a folder."""
+    name = "a?b%41c#d@e:f"
     assert run_demo(tmp_path, "--once", "--folder", name).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name / "demo.db").exists()

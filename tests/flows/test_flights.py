@@ -348,6 +348,7 @@ async def test_a_read_goes_on_without_those_who_asked(
     assert len(gate.reads) == 1
 
 
+@pytest.mark.alone
 async def test_no_answer_within_a_second(guard: Guard, gate: Gate, created: CreatedKey) -> None:
     """Who gets no answer is told so after 1 s, be it the first to ask or one that joined later."""
     gate.shut()

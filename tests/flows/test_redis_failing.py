@@ -31,6 +31,8 @@ from tfm_guard.shared_cache import Breaker
 from tfm_guard.testing import ManualClock
 from tfm_guard.token import RANDOM_BYTES
 
+pytestmark = pytest.mark.alone
+
 # Longer than any pause between two probes, in seconds.
 PAUSE = 1.1
 
@@ -289,7 +291,7 @@ async def test_cut(distant: Life, proxy: Proxy) -> None:
 
 
 async def test_no_storm(life: Life, redis_server: RedisServer) -> None:
-    """While Redis is away it is tried about once a second, however many requests come."""
+    """While Redis is away it is tried a few times a second, however many requests come."""
     redis_server.stop()
     port = redis_server.port
     tried = 0
@@ -306,8 +308,8 @@ async def test_no_storm(life: Life, redis_server: RedisServer) -> None:
             await life.clock.pass_time(0.5)
             await life.requests(4)
     assert first <= 2 * Breaker.FAILURES
-    # 5 seconds, with pauses of half a second at least.
-    assert 4 <= tried - first <= 10
+    # 5 seconds; the cache pauses for half a second at least, the link soon for about one.
+    assert 6 <= tried - first <= 20
     redis_server.start()
     assert await life.heals()
 
@@ -316,7 +318,9 @@ class ClusterNode(RedisServer):
     """A node of a cluster of its own."""
 
     def command(self) -> Sequence[str]:
-        return [*super().command(), "--cluster-enabled", "yes"]
+        # By default the nodes' own port is 10,000 above: where outgoing connections take theirs.
+        cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        return [*super().command(), *cluster]
 
 
 async def test_a_cluster_is_refused(sqlite_url: str) -> None:

@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from functools import cache
 from pathlib import Path
 from types import CodeType
 from typing import Any, NamedTuple
@@ -118,18 +119,25 @@ def disturbing(disturbance: Disturbance) -> Iterator[None]:
 def _places(waiting: Any) -> Iterator[Place]:
     while waiting is not None:
         frame = getattr(waiting, "cr_frame", None)
-        if frame is not None and Path(frame.f_code.co_filename).is_relative_to(SOURCE):
-            yield _place(frame.f_code, frame.f_lasti)
+        if frame is not None:
+            # Code objects may be equal without being of the same file.
+            place = _place(frame.f_code.co_filename, frame.f_code, frame.f_lasti)
+            if place is not None:
+                yield place
         waiting = getattr(waiting, "cr_await", None)
 
 
-def _place(code: CodeType, instruction: int) -> Place:
+@cache
+def _place(path: str, code: CodeType, instruction: int) -> Place | None:
+    """Return where *code* from *path* has that instruction; None where that is not the package."""
+    if not Path(path).is_relative_to(SOURCE):
+        return None
     line, last_line, column, last_column = list(code.co_positions())[instruction // 2]
     assert line is not None
     assert last_line is not None
     assert column is not None
     assert last_column is not None
-    file = str(Path(code.co_filename).relative_to(SOURCE))
+    file = str(Path(path).relative_to(SOURCE))
     return Place(file, (line, column), (last_line, last_column))
 
 

@@ -1,7 +1,8 @@
 """Calling ASGI apps directly, and databases with keys of every kind in them."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -113,17 +114,18 @@ async def call(app: ASGIApp, scope: Scope, body: bytes = b"") -> Answer:
     return Answer(start["status"], tuple(map(tuple, start["headers"])), content)
 
 
-@contextmanager
-def database_gone(url: str, postgres_server: PostgresServer) -> Iterator[None]:
+@asynccontextmanager
+async def database_gone(url: str, postgres_server: PostgresServer) -> AsyncIterator[None]:
     """Take the database away for as long as the block lasts: its server, or the table of keys."""
     if url.startswith("postgresql"):
         postgres_server.stop()
         yield
         postgres_server.start()
     else:
-        execute(url, "ALTER TABLE tfm_keys RENAME TO tfm_away")
+        # In a thread: the guard may be writing, and goes on only while the event loop does.
+        await asyncio.to_thread(execute, url, "ALTER TABLE tfm_keys RENAME TO tfm_away")
         yield
-        execute(url, "ALTER TABLE tfm_away RENAME TO tfm_keys")
+        await asyncio.to_thread(execute, url, "ALTER TABLE tfm_away RENAME TO tfm_keys")
 
 
 async def seed(url: str) -> dict[str, bytes]:

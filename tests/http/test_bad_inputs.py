@@ -608,6 +608,7 @@ async def test_no_copy_of_a_long_header_is_kept(direct: Direct, size: int) -> No
     assert most > size  # so that this test would see a copy
 
 
+@pytest.mark.alone
 def test_many_headers_are_read_in_no_time() -> None:
     """Finding the key behind 2000 other headers takes less than a millisecond."""
     headers = [(b"a", b"b")] * 2_000 + bearer("x")

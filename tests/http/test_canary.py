@@ -179,7 +179,7 @@ async def test_a_token_is_nowhere(
         canary.look(await call(api, http_scope("GET", "/v1/api-keys/", bearer(canary.token))))
 
         # With no database, and with a row that cannot be read.
-        with database_gone(database_url, postgres_server):
+        async with database_gone(database_url, postgres_server):
             assert (await ask(canary, app))[0] == 503
             await verify(canary, guard)
         await verify(canary, guard)

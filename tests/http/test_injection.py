@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Generator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -335,17 +336,29 @@ class InjectedError(Exception):
     """What breaks."""
 
 
-def numbers_to_try(kind: Kind, waits: list[tuple[Place, ...]]) -> Iterator[int]:
-    """Yield which waits to disturb: all, until none is left that has the number.
+def nothing() -> Disturbance:
+    """Return what disturbs nothing, and notes all waits."""
+    return Disturbance(0, InjectedError)
 
-    Making tables waits a hundred times in one and the same place of ours, and a WebSocket mostly
-    where a request does: there, the first and the last time in each place are tried.
+
+async def numbers_to_try(
+    stage: Stage, kind: Kind, waits: Sequence[tuple[Place, ...]]
+) -> Iterable[int]:
+    """Return which of *waits* to disturb: with a revoked key, all.
+
+    The others wait mostly where that does, and making tables waits a hundred times in one and the
+    same place of ours: of these waits, the first and the last in each place are tried.
     """
-    if not (kind.empty or kind.websocket):
-        yield from count(1)
-    for place in dict.fromkeys(waits):
-        yield waits.index(place) + 1
-        yield len(waits) - waits[::-1].index(place)
+    numbers = range(1, len(waits) + 1)
+    if kind is KINDS["revoked"]:
+        return numbers
+    tried = waits if kind.empty else (await stage.run(KINDS["revoked"], nothing())).waits
+    left = Counter(tried)
+    left.subtract(waits)
+    last = dict(zip(waits, numbers, strict=True))
+    first = dict(zip(reversed(waits), reversed(numbers), strict=True))
+    beyond = (number for number, place in enumerate(waits, 1) if left[place] < 0)
+    return sorted({*first.values(), *last.values(), *beyond})
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -353,9 +366,9 @@ async def test_an_exception_anywhere_lets_nothing_through(
     stage: Stage, kind: Kind, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An exception at any await refuses the request with 503, and the next one is answered."""
-    undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+    undisturbed = await stage.run(kind, nothing())
     refused = 0
-    for number in numbers_to_try(kind, undisturbed.waits):
+    for number in await numbers_to_try(stage, kind, undisturbed.waits):
         caplog.clear()
         outcome = await stage.run(kind, Disturbance(number, InjectedError))
         if len(outcome.waits) < number:
@@ -369,8 +382,8 @@ async def test_an_exception_anywhere_lets_nothing_through(
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 async def test_a_cancellation_anywhere_lets_nothing_through(stage: Stage, kind: Kind) -> None:
     """A cancellation at any await ends the request, or, of what it waits for, refuses it."""
-    undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
-    for number in numbers_to_try(kind, undisturbed.waits):
+    undisturbed = await stage.run(kind, nothing())
+    for number in await numbers_to_try(stage, kind, undisturbed.waits):
         outcome = await stage.run(kind, Disturbance(number, asyncio.CancelledError))
         if len(outcome.waits) < number:
             break
@@ -391,11 +404,11 @@ async def test_every_await_of_the_guard_is_among_them(stage: Stage) -> None:
     """The requests wait at every await that the middleware leads to, but for those named here."""
     waits: set[tuple[Place, ...]] = set()
     for kind in KINDS.values():
-        undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+        undisturbed = await stage.run(kind, nothing())
         waits.update(undisturbed.waits)
     # And where only a request waits that something has gone wrong for.
     for kind in (KINDS["accepted"], KINDS["shared miss"]):
-        undisturbed = await stage.run(kind, Disturbance(0, InjectedError))
+        undisturbed = await stage.run(kind, nothing())
         for place in dict.fromkeys(undisturbed.waits):
             number = undisturbed.waits.index(place) + 1
             waits.update((await stage.run(kind, Disturbance(number, InjectedError))).waits)

@@ -483,7 +483,7 @@ async def test_a_client_over_http(api: Api) -> None:
 async def test_without_its_database(api: Api, postgres_server: PostgresServer) -> None:
     """While the database is gone all calls are answered 503 without a challenge, then as before."""
     calls = [("GET", KEYS), ("POST", KEYS), ("DELETE", f"{KEYS}{api.keys['sender'].id}")]
-    with database_gone(api.url, postgres_server):
+    async with database_gone(api.url, postgres_server):
         for method, path in calls:
             answer = await api.call(method, path, {"name": "CI"})
             assert (answer.status, answer.code) == (503, "unavailable")

@@ -82,8 +82,9 @@ def commands(command: click.Command, path: str) -> Iterator[str]:
 
 
 def test_there_are_complete_programs() -> None:
-    """The README has one program that mounts the guard and one that manages keys."""
-    assert [parameter.id for parameter in programs()] == ["README.md-0", "README.md-1"]
+    """One program mounts the guard, one manages keys, one streams for as long as a key holds."""
+    found = [parameter.id for parameter in programs()]
+    assert found == ["README.md-0", "README.md-1", "live-connections.md-0"]
 
 
 @pytest.mark.parametrize("program", programs())

@@ -30,6 +30,8 @@ def test_a_guard_offers_what_is_built() -> None:
         "keys",
         "accounts",
         "verify",
+        "holds",
+        "watch",
         "open",
         "close",
         "lifespan",

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import urllib.request
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 
 from tests.support import postgres
 from tests.support.postgres import CHOICE, PostgresServer, find_binaries
+from tests.support.redis import RedisServer
 from tests.support.servers import (
     ROOT,
+    PrivateServer,
     ServerFailed,
     free_port,
     process_ended,
@@ -126,6 +129,23 @@ def test_without_any_binaries_the_error_says_what_to_install(
         find_binaries()
 
 
+def test_a_database_that_is_used_again_is_as_new(postgres_server: PostgresServer) -> None:
+    """A test finds no table, no setting and no connection of those before it, nor their URL."""
+    first = postgres_server.create_database("first")
+    with psycopg.connect(first, autocommit=True) as connection:
+        connection.execute("CREATE TABLE mine ()")
+        connection.execute("ALTER DATABASE first SET default_transaction_read_only = on")
+        postgres_server.recycle_database("first")
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("SELECT 7")
+    second = postgres_server.create_database("second")
+    with pytest.raises(psycopg.OperationalError, match="does not exist"):
+        psycopg.connect(first)
+    with psycopg.connect(second) as connection:
+        connection.execute("CREATE TABLE mine ()")
+    postgres_server.drop_database("second")
+
+
 @pytest.mark.parametrize("turn", ["first", "second"])
 def test_every_test_has_its_own_database(database_url: str, turn: str, tmp_path: Path) -> None:
     """No test sees what another one wrote: a table can be created in each."""
@@ -216,7 +236,42 @@ def test_free_ports_are_outside_the_range_of_outgoing_connections() -> None:
     assert free_port() < int(lowest)
 
 
-def test_nothing_is_left_out_unnoticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [PostgresServer, RedisServer, partial(UvicornProcess, APPLICATION)],
+    ids=["PostgreSQL", "Redis", "uvicorn"],
+)
+def test_a_port_that_was_taken_first_is_replaced(kind: Callable[[], PrivateServer]) -> None:
+    """A server whose port another program took before its first start comes up on another port."""
+    server = kind()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", server.port))
+        with server:
+            assert server.answers()
+            assert server.port != other.getsockname()[1]
+
+
+def test_a_port_that_was_taken_later_is_an_error() -> None:
+    """Once started, a server keeps to its port, which others know: it does not start elsewhere."""
+    with RedisServer() as server, socket.socket() as other:
+        port = server.port
+        server.stop()
+        other.bind(("127.0.0.1", port))
+        with pytest.raises(ServerFailed, match="Address already in use"):
+            server.start()
+        assert server.port == port
+
+
+def test_each_process_of_a_run_has_ports_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is stopped loses its port to no other process of the same test run."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER_COUNT", "2")
+    for number in (0, 1):
+        monkeypatch.setenv("PYTEST_XDIST_WORKER", f"gw{number}")
+        assert {free_port() % 2 for _ in range(20)} == {number}
+
+
+@pytest.mark.parametrize("processes", ["0", "2"])
+def test_nothing_is_left_out_unnoticed(tmp_path: Path, processes: str) -> None:
     """A run with a skipped or xfailed test, or a skipped module, fails and names each."""
     hooks = "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport\n"
     (tmp_path / "conftest.py").write_text(hooks)
@@ -247,9 +302,9 @@ def test_nothing_is_left_out_unnoticed(tmp_path: Path) -> None:
             def test_passes(): ...
         """)
     )
-    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", "--continue-on-collection-errors", "-n", processes]
     run = subprocess.run(
-        command,
+        [*command, str(tmp_path)],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

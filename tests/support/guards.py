@@ -111,6 +111,17 @@ def freshness_of(guard: Guard) -> Freshness:
     return freshness
 
 
+async def cut_off(guard: Guard) -> None:
+    """Let *guard* hear of nothing more, neither from the feed nor on its link."""
+    link = guard.keys._confirmation._link  # noqa: SLF001  # nothing else leads inside
+    if link is not None:
+        await link.stop()
+    tasks = list(freshness_of(guard)._tasks)  # noqa: SLF001
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
 def local_of(guard: Guard) -> LocalCache:
     """Return what an open guard remembers."""
     local: LocalCache = verifier_of(guard)._local  # noqa: SLF001

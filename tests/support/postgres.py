@@ -80,6 +80,7 @@ class PostgresServer(PrivateServer):
         super().__init__(account=unprivileged_account())
         self.binaries = find_binaries()
         self.data = self.folder / "data"
+        self._spares: list[str] = []
 
     def command(self) -> Sequence[str]:
         """Return the server's command line, which holds all its settings."""
@@ -106,18 +107,32 @@ class PostgresServer(PrivateServer):
 
     def create_database(self, name: str) -> str:
         """Create the empty database *name* and return its URL."""
-        # Logging its few blocks is faster than copying files between two checkpoints.
-        create = sql.SQL("CREATE DATABASE {} TEMPLATE template0")
-        self._administer(create.format(sql.Identifier(name)))
+        if self._spares:
+            # Twenty times faster. The new name keeps out who still has the URL of the old one.
+            spare = sql.Identifier(self._spares.pop())
+            rename = sql.SQL("ALTER DATABASE {} RENAME TO {}")
+            self._administer(rename.format(spare, sql.Identifier(name)))
+        else:
+            # Logging its few blocks is faster than copying files between two checkpoints.
+            create = sql.SQL("CREATE DATABASE {} TEMPLATE template0")
+            self._administer(create.format(sql.Identifier(name)))
         return self.url(name)
+
+    def recycle_database(self, name: str) -> None:
+        """Take the database *name* away, ending the connections to it, and keep it as a spare."""
+        others = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = {}"
+        self._administer(sql.SQL(others).format(name))
+        self._administer(sql.SQL("ALTER DATABASE {} RESET ALL").format(sql.Identifier(name)))
+        self._administer(sql.SQL("DROP SCHEMA public CASCADE; CREATE SCHEMA public"), name)
+        self._spares.append(name)
 
     def drop_database(self, name: str) -> None:
         """Remove the database *name* if it exists, ending the connections to it."""
         drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)")
         self._administer(drop.format(sql.Identifier(name)))
 
-    def _administer(self, statement: sql.SQL | sql.Composed) -> None:
-        url = self.url("postgres")
+    def _administer(self, statement: sql.SQL | sql.Composed, database: str = "postgres") -> None:
+        url = self.url(database)
         with psycopg.connect(url, autocommit=True, connect_timeout=10) as connection:
             connection.execute(statement)
 

@@ -23,6 +23,8 @@ _LAUNCH = Path(__file__).with_name("launch.py")
 # Seconds, for a machine that is busy with other things; a start usually takes under one.
 START_DEADLINE = 60.0
 STOP_DEADLINE = 30.0
+# How many ports to try until one is still free when the server has come so far as to take it.
+_PORTS_TO_TRY = 5
 
 
 class ServerFailed(Exception):
@@ -52,8 +54,11 @@ def free_port() -> int:
 
     It lies below the range that outgoing connections take theirs from: otherwise a client that
     keeps trying a stopped server could connect to itself, and so keep the port from the server.
+    For the same reason each process of a test run has ports of its own.
     """
-    for port in random.sample(range(15_000, 32_000), 100):
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    for port in random.sample(range(15_000 + worker, 32_000, workers), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -116,7 +121,8 @@ def _stop_processes(pids: Sequence[int]) -> None:
 class PrivateServer(ABC):
     """A server on a free loopback port that belongs to this process alone and ends with it.
 
-    ``with`` starts it and removes it. Its port and its folder stay the same over stop and start.
+    ``with`` starts it and removes it. From its first start on, its port and its folder stay the
+    same over stop and start.
     Start it from a thread that lives as long as the server should: when that thread ends, the
     kernel takes it for the end of the parent.
     """
@@ -131,6 +137,7 @@ class PrivateServer(ABC):
         self.folder = Path(tempfile.mkdtemp(prefix="tfm-guard-test-"))
         os.chown(self.folder, *self.account)
         self._process: subprocess.Popen[bytes] | None = None
+        self._ports_to_try = _PORTS_TO_TRY
         self._frozen: list[int] = []
         self._thawer: subprocess.Popen[bytes] | None = None
         self._kept_output = ""
@@ -188,10 +195,26 @@ class PrivateServer(ABC):
         return self.output[self._previous_output :]
 
     def start(self) -> None:
-        """Start and wait until it answers; a frozen server goes on, a running one is left alone."""
+        """Start and wait until it answers; a frozen server goes on, a running one is left alone.
+
+        If its port is in use by now, its first start chooses another.
+        """
         self.thaw()
         if self.running:
             return
+        for others_left in reversed(range(self._ports_to_try)):
+            try:
+                self._start()
+                break
+            except ServerFailed:
+                in_use = "address already in use" in self.output_since_start.lower()
+                if not (in_use and others_left):
+                    raise
+                self.port = free_port()
+        # Others know the port now.
+        self._ports_to_try = 1
+
+    def _start(self) -> None:
         self._previous_output = len(self.output)
         with (self.folder / "output").open("ab") as log:
             self._process = subprocess.Popen(

@@ -1,91 +1,121 @@
 """Ending what goes on for long when its key is revoked: WebSockets; responses, if asked to."""
 
 import asyncio
+import contextlib
+import logging
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tfm_guard.errors import InvalidToken, Refusal, Unavailable
-from tfm_guard.http.refusals import POLICY_VIOLATION, RefusalResponse, send_refusal
-from tfm_guard.live import LiveConnection
+from tfm_guard.errors import Refusal
+from tfm_guard.http.refusals import POLICY_VIOLATION, RefusalResponse, deny, send_refusal
+from tfm_guard.live import Ended, LiveConnection
 
-# RFC 6455's registry: the service cannot do it now; connecting again may help.
+_log: Final = logging.getLogger(__name__)
+
+# IANA's registry for RFC 6455: the service cannot do it now; connecting again may help.
 _TRY_AGAIN_LATER: Final = 1013
-
-
-class Ended(OSError):
-    """Nothing can be sent any more: the key was revoked. ASGI's own kind of error for that."""
-
-    def __init__(self) -> None:
-        super().__init__("the connection was closed, because its API key is not valid any more")
+# How long a server may take to close a WebSocket that the app has already left.
+_CLOSING_SECONDS: Final = 5.0
 
 
 async def run_websocket(
-    app: ASGIApp, connection: LiveConnection, scope: Scope, receive: Receive, send: Send
+    app: ASGIApp,
+    connection: LiveConnection,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    realm: str,
 ) -> None:
-    """Run *app*, and close its WebSocket with 1008 as soon as *connection* ends."""
-    socket = _Socket(connection, receive, send)
-    closing = asyncio.get_running_loop().create_task(socket.close_when_ended())
+    """Run *app*, and close its WebSocket with 1008 in the step in which *connection* ends."""
+    socket = _Socket(connection, scope, receive, send, realm)
+    connection.on_end = socket.close_soon
     try:
-        await app(scope, socket.receive, socket.send)
+        with contextlib.suppress(Ended):  # as a server does with its own error for it
+            await app(scope, socket.receive, socket.send)
     finally:
-        closing.cancel()
-        socket.leave()
+        await socket.closed()
 
 
 class _Socket:
     """A WebSocket as the app sees it: disconnected once the key holds no more."""
 
-    def __init__(self, connection: LiveConnection, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, connection: LiveConnection, scope: Scope, receive: Receive, send: Send, realm: str
+    ) -> None:
         self._connection = connection
+        self._scope = scope
         self._receive = receive
         self._send = send
-        self._code = POLICY_VIOLATION
-        self._closed = False
-        self._next: asyncio.Task[Message] | None = None
-        self._end = asyncio.get_running_loop().create_task(connection.ended.wait())
-
-    def leave(self) -> None:
-        """Leave off waiting."""
-        self._end.cancel()
-        if self._next is not None:
-            self._next.cancel()
-
-    async def close_when_ended(self) -> None:
-        """Close the WebSocket when its key holds no more, unless it is closed by then."""
-        await self._end
-        if not self._closed:
-            self._closed = True
-            await self._send({"type": "websocket.close", "code": self._code, "reason": ""})
+        self._realm = realm
+        self._accepted = False
+        self._over = False  # there is nothing left to close
+        self._unread: list[Message] = []
+        self._closing: asyncio.Task[None] | None = None
 
     async def receive(self) -> Message:
-        if self._next is None:
-            # A task, kept until it is done: cancelling it might lose a message.
-            self._next = asyncio.ensure_future(self._receive())
-        await asyncio.wait({self._next, self._end}, return_when=asyncio.FIRST_COMPLETED)
-        if not self._connection.ended.is_set():
-            message, self._next = self._next.result(), None
+        try:
+            message = self._unread.pop() if self._unread else await self._next_message()
             if message["type"] == "websocket.disconnect":
-                self._closed = True
+                self._over = True
                 return message
-            if await self._passes():
-                return message
-        return {"type": "websocket.disconnect", "code": self._code, "reason": ""}
+            try:
+                await self._connection.check()
+            except asyncio.CancelledError:
+                self._unread.append(message)
+                raise
+        except Ended as ended:
+            code = _close_code(ended.refusal)
+            return {"type": "websocket.disconnect", "code": code, "reason": ""}
+        return message
+
+    async def _next_message(self) -> Message:
+        async with self._connection.until_end():
+            return await self._receive()
 
     async def send(self, message: Message) -> None:
-        if not await self._passes():
-            raise Ended
-        if message["type"] == "websocket.close":
-            self._closed = True
-        await self._send(message)
+        await self._connection.check()
+        if message["type"] == "websocket.accept":
+            self._accepted = True
+        else:
+            # It is over with the app's own close, and with a response in place of a WebSocket.
+            self._over = self._over or message["type"] != "websocket.send"
+        async with self._connection.until_end():  # the client may be slow to take it
+            await self._send(message)
 
-    async def _passes(self) -> bool:
+    def close_soon(self, refusal: Refusal) -> None:
+        """Begin to close the WebSocket, unless there is nothing to close any more.
+
+        The server is told when the event loop comes to what was next in turn in this moment: before
+        anybody can be told that the key is refused here.
+        """
+        if not self._over:
+            self._closing = asyncio.get_running_loop().create_task(self._close(refusal))
+
+    async def closed(self) -> None:
+        """Return when the WebSocket that had to be closed is so, as far as the server goes."""
+        if self._closing is not None:
+            try:
+                await asyncio.wait({self._closing}, timeout=_CLOSING_SECONDS)
+            finally:
+                self._closing.cancel()
+
+    async def _close(self, refusal: Refusal) -> None:
+        _log.info("a WebSocket was closed: %s", refusal.reason)
         try:
-            return await self._connection.passes()
-        except Unavailable:
-            self._code = _TRY_AGAIN_LATER
-            self._connection.ended.set()
-            return False
+            if self._accepted:
+                message = {"type": "websocket.close", "code": _close_code(refusal), "reason": ""}
+                await self._send(message)
+            else:
+                answer = RefusalResponse(refusal, self._realm)
+                await deny(self._scope, self._receive, self._send, answer)
+        except Exception:  # noqa: BLE001  # the client may have gone in this moment
+            _log.debug("a WebSocket could not be closed", exc_info=True)
+
+
+def _close_code(refusal: Refusal) -> int:
+    return _TRY_AGAIN_LATER if refusal.retryable else POLICY_VIOLATION
 
 
 async def run_response(
@@ -104,19 +134,18 @@ async def run_response(
     """
     response = _Response(connection, send)
     try:
-        async with asyncio.timeout(None) as limit:
-            end = asyncio.get_running_loop().create_task(connection.ended.wait())
-            end.add_done_callback(lambda _: None if end.cancelled() else limit.reschedule(0))
-            try:
-                await app(scope, receive, response.send)
-            finally:
-                end.cancel()
+        async with connection.until_end():
+            await app(scope, receive, response.send)
     except Exception:
-        # Whatever became of it on the way through the app: this is what it comes from.
-        if not connection.ended.is_set():
+        if connection.refusal is None:
             raise
-    if connection.ended.is_set() and not response.begun:
-        await send_refusal(scope, receive, send, RefusalResponse(response.refusal, realm))
+        # Whatever became of it on the way through the app: this is what it comes from.
+        _log.debug("the app did not take the end of its response", exc_info=True)
+    if connection.refusal is not None:
+        _log.info("a response was broken off: %s", connection.refusal.reason)
+        if not response.begun:
+            answer = RefusalResponse(connection.refusal, realm)
+            await send_refusal(scope, receive, send, answer)
 
 
 class _Response:
@@ -124,18 +153,13 @@ class _Response:
 
     def __init__(self, connection: LiveConnection, send: Send) -> None:
         self.begun = False
-        self.refusal: Refusal = InvalidToken("revoked meanwhile")
         self._connection = connection
         self._send = send
 
     async def send(self, message: Message) -> None:
-        try:
-            passes = await self._connection.passes()
-        except Unavailable as error:
-            self.refusal = error
-            self._connection.ended.set()
-            passes = False
-        if not passes:
-            raise Ended
-        self.begun = True
+        await self._connection.check()
+        if message["type"] == "http.response.start":
+            self.begun = True
         await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._connection.release()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Final
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -10,7 +11,6 @@ from tfm_guard.bearer import Unreadable, read_token
 from tfm_guard.errors import (
     ConfigurationError,
     InvalidRequest,
-    InvalidToken,
     MissingCredentials,
     Refusal,
     Unavailable,
@@ -19,6 +19,7 @@ from tfm_guard.guard import Guard
 from tfm_guard.http.lifespan import run_lifespan
 from tfm_guard.http.live import run_response, run_websocket
 from tfm_guard.http.refusals import RefusalResponse, send_refusal
+from tfm_guard.live import Ended
 from tfm_guard.records import VerifiedKey
 
 _log: Final = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class APIKeyMiddleware:
     router sees (that is, without the prefix under which the app is mounted). The key is found in
     `scope["user"]`, its scopes in `scope["auth"]`. Refusals are sent, never raised.
 
-    A WebSocket is closed with 1008 as soon as its key is revoked. With *end_responses*, responses
+    A WebSocket is closed with 1008 before revoking its key returns. With *end_responses*, responses
     under way are broken off, too: for apps that stream them for long.
     """
 
@@ -50,7 +51,7 @@ class APIKeyMiddleware:
         self.app = app
         self._guard = guard
         self._exempt = frozenset(exempt)
-        self._ended = frozenset({"http", "websocket"} if end_responses else {"websocket"})
+        self._live = frozenset({"http", "websocket"} if end_responses else {"websocket"})
         faults = [
             f"exempt: {path!r} must begin with /"
             for path in self._exempt
@@ -71,34 +72,36 @@ class APIKeyMiddleware:
             try:
                 key = self._guard.recall(scope["headers"]) or await self._verify(scope)
             except Refusal as refusal:
-                _log.info("refused: %s", refusal.reason)
-                response = RefusalResponse(refusal, self._guard.settings.realm)
-                await send_refusal(scope, receive, send, response)
+                await self._refuse(refusal, scope, receive, send)
                 return
             scope["user"] = key
             scope["auth"] = key.credentials
-            if scope["type"] in self._ended:
+            if scope["type"] in self._live:
                 await self._run_live(key, scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
     async def _run_live(self, key: VerifiedKey, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the app for as long as *key* holds."""
-        realm = self._guard.settings.realm
-        with self._guard.watch(key) as connection:
+        with ExitStack() as stack:
             try:
+                connection = stack.enter_context(self._guard.watch(key))
                 # It is watched from here on, and so must hold from here on.
-                await connection.look()
-                refusal: Refusal = InvalidToken("revoked meanwhile")
-            except Unavailable as error:
-                connection.ended.set()
-                refusal = error
-            if connection.ended.is_set():
-                await send_refusal(scope, receive, send, RefusalResponse(refusal, realm))
-            elif scope["type"] == "websocket":
-                await run_websocket(self.app, connection, scope, receive, send)
-            else:
-                await run_response(self.app, connection, scope, receive, send, realm=realm)
+                await connection.check()
+            except Unavailable as refusal:  # the guard was closed meanwhile
+                await self._refuse(refusal, scope, receive, send)
+                return
+            except Ended as ended:
+                await self._refuse(ended.refusal, scope, receive, send)
+                return
+            run = run_websocket if scope["type"] == "websocket" else run_response
+            realm = self._guard.settings.realm
+            await run(self.app, connection, scope, receive, send, realm=realm)
+
+    async def _refuse(self, refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+        _log.info("refused: %s", refusal.reason)
+        response = RefusalResponse(refusal, self._guard.settings.realm)
+        await send_refusal(scope, receive, send, response)
 
     async def _verify(self, scope: Scope) -> VerifiedKey:
         token = read_token(scope["headers"])

@@ -34,8 +34,12 @@ async def send_refusal(
             response.body = b""  # RFC 9110 section 9.3.2: the headers of GET, and no content
         await response(scope, receive, send)
         return
-    if (await receive())["type"] != "websocket.connect":
-        return  # the client has gone
+    if (await receive())["type"] == "websocket.connect":  # else the client has gone
+        await deny(scope, receive, send, response)
+
+
+async def deny(scope: Scope, receive: Receive, send: Send, response: RefusalResponse) -> None:
+    """Turn down a WebSocket that wants to be accepted."""
     if "websocket.http.response" in scope.get("extensions", {}):
         await response(scope, receive, send)
     else:

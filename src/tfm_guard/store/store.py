@@ -168,14 +168,8 @@ class Store:
 
     async def confirm_revocation(self, key_id: UUID) -> None:
         """Record that the revocation of a key has been shown to hold everywhere."""
-
-        async def run(connection: AsyncConnection) -> None:
-            now = await self._begin(connection)
-            await connection.execute(
-                update(schema.keys).where(schema.keys.c.id == key_id).values(confirmed_at=now)
-            )
-
-        await self._database.write(run)
+        confirm = update(schema.keys).where(schema.keys.c.id == key_id)
+        await self._database.write_one(confirm.values(confirmed_at=self._now()))
 
     async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         """Store the digest of a key that was proven by its slow hash. Its state stays as it is."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Row, func, insert, or_, select, update
+from sqlalchemy import Row, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,6 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tfm_guard.errors import GuardError
 from tfm_guard.records import ApiKey, Change, ChangeKind
 from tfm_guard.store import feed, schema
+
+_CHANGE_COLUMNS: Final = ("kind", "prefix", "version", "created_at")
 
 
 class PrefixTaken(GuardError):
@@ -33,6 +35,7 @@ class Transaction:
     def __init__(self, connection: AsyncConnection, now: datetime) -> None:
         self._connection = connection
         self._pending: list[tuple[ChangeKind, str, int]] = []
+        self._is_postgresql = connection.dialect.name == "postgresql"
         self.changes: list[Change] = []
         self.now = now
 
@@ -41,17 +44,13 @@ class Transaction:
 
         All that changes an account's keys takes this lock first, and so happens one by one.
         """
-        dialect = sqlite if self._connection.dialect.name == "sqlite" else postgresql
-        await self._connection.execute(
-            dialect.insert(schema.accounts)
-            .values(id=account_id, plan="free")
-            .on_conflict_do_nothing()
-        )
-        row = (
-            await self._connection.execute(
-                select(schema.accounts).where(schema.accounts.c.id == account_id).with_for_update()
-            )
-        ).one()
+        lock = select(schema.accounts).where(schema.accounts.c.id == account_id).with_for_update()
+        row = (await self._connection.execute(lock)).one_or_none()
+        if row is None:
+            dialect = postgresql if self._is_postgresql else sqlite
+            new = dialect.insert(schema.accounts).values(id=account_id, plan="free")
+            await self._connection.execute(new.on_conflict_do_nothing())
+            row = (await self._connection.execute(lock)).one()
         return Account(row.id, row.plan)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
@@ -116,10 +115,17 @@ class Transaction:
             raise
         self._pending.append(("created", key.key_prefix, 1))
 
-    async def find_key(self, account_id: str, key_id: UUID) -> Row[Any] | None:
-        """Return the row of the account's key, revoked or not."""
+    async def lock_key(self, account_id: str, key_id: UUID) -> Row[Any] | None:
+        """Return the row of the account's key, revoked or not, and hold it and the account."""
         keys = schema.keys.c
-        statement = select(schema.keys).where(keys.id == key_id, keys.account_id == account_id)
+        statement = (
+            select(schema.keys)
+            .join_from(schema.accounts, schema.keys)
+            .where(keys.id == key_id, keys.account_id == account_id)
+            # Both: of what it waited for, PostgreSQL returns the newest state, of what is joined
+            # to that, the state when the statement began.
+            .with_for_update(of=[schema.accounts, schema.keys])
+        )
         return (await self._connection.execute(statement)).one_or_none()
 
     async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
@@ -167,19 +173,31 @@ class Transaction:
         commits: whoever sees a number has been able to see every lower one.
         """
         for kind, prefix, version in self._pending:
-            head = (
-                await self._connection.execute(
-                    update(schema.feed)
-                    .values(head=schema.feed.c.head + 1)
-                    .returning(schema.feed.c.head)
-                )
-            ).scalar_one()
-            await self._connection.execute(
-                insert(schema.changes).values(
-                    id=head, kind=kind, prefix=prefix, version=version, created_at=self.now
-                )
-            )
+            row = {"kind": kind, "prefix": prefix, "version": version, "created_at": self.now}
+            if self._is_postgresql:
+                head = (await self._connection.execute(_APPEND, row)).scalar_one()
+            else:
+                head = (await self._connection.execute(_NEXT_HEAD)).scalar_one()
+                await self._connection.execute(insert(schema.changes).values(id=head, **row))
             self.changes.append(Change(head, kind, prefix, version))
+
+
+_NEXT_HEAD: Final = (
+    update(schema.feed).values(head=schema.feed.c.head + 1).returning(schema.feed.c.head)
+)
+_next: Final = _NEXT_HEAD.cte("next")
+# Both in one statement, which SQLite cannot: every round trip prolongs the time to revoke.
+_APPEND: Final = (
+    insert(schema.changes)
+    .from_select(
+        ["id", *_CHANGE_COLUMNS],
+        select(
+            _next.c.head,
+            *(bindparam(name, type_=schema.changes.c[name].type) for name in _CHANGE_COLUMNS),
+        ),
+    )
+    .returning(schema.changes.c.id)
+)
 
 
 def is_active(now: Any) -> tuple[Any, ...]:

@@ -1,0 +1,393 @@
+"""The database as plain tables, and the store that reaches it over the network.
+
+`test_faithful.py` shows that the same calls on this store and on the real one get the same answers.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+from tests.simulation.network import Network, Postponed
+from tests.simulation.timeline import START, Timeline
+from tfm_guard.errors import Unavailable
+from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
+from tfm_guard.store import MARKED, Account, FeedState, Installation, Member, Place, PrefixTaken
+from tfm_guard.store.database import READ_SECONDS, WRITE_SECONDS
+
+if TYPE_CHECKING:
+    from tests.simulation.process import Process
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class KeyRow:
+    """A row of the table of keys."""
+
+    id: UUID
+    account_id: str
+    name: str
+    prefix: str
+    secret_hash: str
+    digest: bytes | None
+    digest_key_id: str | None
+    scopes: frozenset[str]
+    version: int
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None
+    replaced_by: UUID | None = None
+    revoked_at: datetime | None = None
+    confirmed_at: datetime | None = None
+
+
+@dataclass
+class WorkerRow:
+    """A row of the register."""
+
+    name: str
+    seen: int = 0
+    link: str | None = None
+    turn: int = 0
+
+
+@dataclass
+class Tables:
+    """All that is in a database."""
+
+    keys: dict[str, KeyRow] = field(default_factory=dict)  # by prefix
+    plans: dict[str, str] = field(default_factory=dict)  # by account
+    workers: dict[UUID, WorkerRow] = field(default_factory=dict)
+    changes: list[tuple[Change, datetime]] = field(default_factory=list)
+    head: int = 0
+    sequence: int = 0  # numbers given out by a break, before the commit
+    audit: list[tuple[str, UUID]] = field(default_factory=list)
+    # Whether a key that is inserted comes without a digest, as those from elsewhere do.
+    imports: Callable[[], bool] = lambda: False
+
+    def key(self, key_id: UUID) -> KeyRow | None:
+        """Return the key with that id."""
+        return next((row for row in self.keys.values() if row.id == key_id), None)
+
+    def count_active(self, account_id: str, now: datetime) -> int:
+        """Count the keys of the account that the plan counts."""
+        return sum(
+            row.account_id == account_id and row.replaced_by is None and is_active(row, now)
+            for row in self.keys.values()
+        )
+
+
+class SimTransaction:
+    """A transaction begun at *now*, whose effects all take place at its end, or never."""
+
+    def __init__(self, tables: Tables, now: datetime) -> None:
+        self.now = now
+        self.changes: list[Change] = []
+        self._tables = tables
+        self._pending: list[tuple[ChangeKind, str, int]] = []
+        self._effects: list[Callable[[], None]] = []
+        self._number = 0  # of its change, if it was taken before the commit
+
+    async def lock_account(self, account_id: str) -> Account:
+        plans = self._tables.plans
+        self._effects.append(lambda: plans.update({account_id: plans.get(account_id, "free")}))
+        return Account(account_id, plans.get(account_id, "free"))
+
+    async def set_plan(self, account_id: str, plan: str) -> None:
+        self._effects.append(lambda: self._tables.plans.update({account_id: plan}))
+
+    async def count_active_keys(self, account_id: str) -> int:
+        return self._tables.count_active(account_id, self.now)
+
+    async def active_scopes(self, account_id: str, key_id: UUID) -> frozenset[str] | None:
+        row = self._tables.key(key_id)
+        if row is None or row.account_id != account_id or not is_active(row, self.now):
+            return None
+        return row.scopes
+
+    async def insert_key(self, key: ApiKey, **columns: Any) -> None:
+        if key.key_prefix in self._tables.keys:
+            raise PrefixTaken
+        row = KeyRow(
+            id=key.id,
+            account_id=key.account_id,
+            name=key.name,
+            prefix=key.key_prefix,
+            scopes=key.scopes,
+            version=1,
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            **columns,
+        )
+        if self._tables.imports():
+            row.digest = row.digest_key_id = None
+        self._effects.append(lambda: self._tables.keys.update({row.prefix: row}))
+        self._pending.append(("created", key.key_prefix, 1))
+
+    async def lock_key(self, account_id: str, key_id: UUID) -> KeyRow | None:
+        row = self._tables.key(key_id)
+        return replace(row) if row is not None and row.account_id == account_id else None
+
+    async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
+        row = self._tables.key(key_id)
+        if row is not None:
+            self._effects.append(lambda: vars(row).update(revoked_at=self.now, version=version))
+        self._pending.append(("revoked", prefix, version))
+
+    async def head(self) -> int:
+        return self._tables.head
+
+    async def audit(self, *, action: str, key_id: UUID, **_: Any) -> None:
+        self._effects.append(lambda: self._tables.audit.append((action, key_id)))
+
+    def commit(self) -> None:
+        """Have all effects take place, and number the changes in the same moment."""
+        for effect in self._effects:
+            effect()
+        for change in self._pending:
+            number = self._number or self._tables.head + 1
+            self._tables.head = max(number, self._tables.head)
+            self.changes.append(Change(number, *change))
+            self._tables.changes.append((self.changes[-1], self.now))
+
+
+def is_active(row: KeyRow, now: datetime) -> bool:
+    """Tell whether a key is neither revoked nor expired at *now*."""
+    return row.revoked_at is None and (row.expires_at is None or row.expires_at > now)
+
+
+class SimDatabase:
+    """One database: each request is executed at one moment, in the order in which they arrive."""
+
+    def __init__(self, timeline: Timeline, installation: Installation, *, dialect: str) -> None:
+        self.tables = Tables()
+        self.on_registered: list[Callable[[], None]] = []
+        self.up = True
+        self.installation = installation
+        self.on_commit: list[Callable[[list[Change]], None]] = []
+        self.on_recorded: list[Callable[[UUID, int], None]] = []
+        self.last_reads: dict[str, float] = {}  # when a key's row was last read, in seconds
+        # Whether rows are read as they were, by processes that know of their later change.
+        self.stale = False
+        self.dialect = dialect
+        self._timeline = timeline
+
+    @property
+    def now(self) -> datetime:
+        """The database's own time."""
+        return START + timedelta(seconds=self._timeline.now)
+
+    def begin(self) -> SimTransaction:
+        """Return a new transaction."""
+        return SimTransaction(self.tables, self.now)
+
+    def time_of_commit(self) -> float:
+        """Return when a transaction that begins now comes to its COMMIT."""
+        lag = self._timeline.random.choice((0.001, 0.001, 0.1, 1.0))
+        return self._timeline.now + self._timeline.random.uniform(0, lag)
+
+    def commit(self, transaction: SimTransaction) -> None:
+        """Commit it."""
+        transaction.commit()
+        for listener in self.on_commit:
+            listener(transaction.changes)
+
+    def find_keys(self, process: "Process", prefixes: Iterable[str]) -> dict[str, StoredKey]:
+        rows = [self.tables.keys[prefix] for prefix in prefixes if prefix in self.tables.keys]
+        self.last_reads.update((row.prefix, self._timeline.now) for row in rows)
+        return {row.prefix: _stored_key(self._aged(process, row), self.now) for row in rows}
+
+    def _aged(self, process: "Process", row: KeyRow) -> KeyRow:
+        if self.stale and row.version > 1 and process.floor(row.prefix) >= row.version:
+            return replace(row, version=1, revoked_at=None, confirmed_at=None)
+        return row
+
+    def list_keys(self, account_id: str) -> list[ApiKey]:
+        rows = (row for row in self.tables.keys.values() if row.account_id == account_id)
+        active = [_api_key(row) for row in rows if is_active(row, self.now)]
+        return sorted(active, key=lambda key: (key.created_at, key.id.hex), reverse=True)
+
+    def register(self, worker_id: UUID, name: str) -> None:
+        self.tables.workers[worker_id] = WorkerRow(name)
+        for listener in self.on_registered:
+            listener()
+
+    def unregister(self, worker_id: UUID) -> None:
+        self.tables.workers.pop(worker_id, None)
+
+    def poll(self, worker_id: UUID, place: Place) -> FeedState | None:
+        if self.dialect == "postgresql" and place.seen > self.tables.head:
+            return None
+        row = self.tables.workers.get(worker_id)
+        if row is None or row.seen < 0:
+            return None
+        if self.dialect == "postgresql":
+            self.record_place(worker_id, place)
+        return FeedState(self.tables.head, self.now, row.turn)
+
+    def record_place(self, worker_id: UUID, place: Place) -> None:
+        row = self.tables.workers.get(worker_id)
+        if row is not None and row.seen >= 0 and row.turn < place.turn:
+            row.seen, row.link, row.turn = place
+            for listener in self.on_recorded:
+                listener(worker_id, place.seen)
+
+    def read_register(self) -> dict[UUID, Member]:
+        rows = self.tables.workers.items()
+        return {worker_id: Member(row.seen, row.link) for worker_id, row in rows}
+
+    def strike_off(self, silent: list[UUID], seen: int, marked: list[UUID]) -> None:
+        workers = self.tables.workers
+        for worker_id in marked:
+            if worker_id in workers and workers[worker_id].seen == MARKED:
+                del workers[worker_id]
+        for worker_id in silent:
+            if worker_id in workers and workers[worker_id].seen < seen:
+                workers[worker_id].seen = MARKED
+
+    def changes_between(self, seen: int, head: int) -> list[Change]:
+        return [change for change, _ in self.tables.changes if seen < change.id <= head]
+
+    def changes_since(self, moment: datetime) -> list[Change]:
+        return [change for change, created_at in self.tables.changes if created_at > moment]
+
+    def confirm(self, key_id: UUID) -> None:
+        row = self.tables.key(key_id)
+        if row is not None:
+            row.confirmed_at = self.now
+
+    def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
+        row = self.tables.key(key_id)
+        if row is not None:
+            row.digest, row.digest_key_id = digest, digest_key_id
+
+
+class SimStore:
+    """What one process has in the place of `Store`: the same calls, sent to a `SimDatabase`."""
+
+    def __init__(self, process: "Process", database: SimDatabase, network: Network) -> None:
+        self._process = process
+        self._database = database
+        self._network = network
+        self._on_commit: Callable[[Change], None] = lambda _: None
+
+    async def open(self) -> Installation:
+        return await self._ask(READ_SECONDS, lambda: self._database.installation)
+
+    async def close(self) -> None:
+        """Do nothing: there are no connections to close."""
+
+    async def find_keys(self, prefixes: Iterable[str]) -> dict[str, StoredKey]:
+        wanted = list(prefixes)
+        return await self._read(lambda: self._database.find_keys(self._process, wanted))
+
+    async def list_keys(self, account_id: str) -> list[ApiKey]:
+        return await self._read(lambda: self._database.list_keys(account_id))
+
+    async def transact(self, work: Callable[[Any], Awaitable[T]]) -> tuple[T, list[Change]]:
+        begun: list[SimTransaction] = []
+
+        def run() -> tuple[T, list[Change]]:
+            if not begun:
+                begun.append(self._database.begin())
+                raise Postponed(self._database.time_of_commit())
+            result = _at_once(work(begun[0]))
+            self._database.commit(begun[0])
+            return result, begun[0].changes
+
+        result, changes = await self._write(run)
+        for change in changes:
+            self._on_commit(change)
+        return result, changes
+
+    def on_commit(self, listener: Callable[[Change], None]) -> None:
+        self._on_commit = listener
+
+    async def register_worker(self, worker_id: UUID, name: str) -> None:
+        await self._write(lambda: self._database.register(worker_id, name))
+
+    async def unregister_worker(self, worker_id: UUID) -> None:
+        await self._write(lambda: self._database.unregister(worker_id))
+
+    async def poll(self, worker_id: UUID, place: Place) -> FeedState | None:
+        return await self._read(lambda: self._database.poll(worker_id, place))
+
+    async def record_place(self, worker_id: UUID, place: Place) -> None:
+        await self._write(lambda: self._database.record_place(worker_id, place))
+
+    async def head(self) -> FeedState:
+        """Do what the real store does not: read the feed for who is not in the register."""
+        tables = self._database.tables
+        return await self._read(lambda: FeedState(tables.head, self._database.now, 0))
+
+    async def read_register(self) -> dict[UUID, Member]:
+        return await self._read(self._database.read_register)
+
+    async def strike_off(
+        self, silent: Iterable[UUID], seen: int, *, marked: Iterable[UUID]
+    ) -> None:
+        first, second = list(silent), list(marked)
+        await self._write(lambda: self._database.strike_off(first, seen, second))
+
+    async def changes_between(self, seen: int, head: int) -> list[Change]:
+        return await self._read(lambda: self._database.changes_between(seen, head))
+
+    async def recent_changes(self, state: FeedState, seconds: float) -> list[Change]:
+        moment = state.now - timedelta(seconds=seconds)
+        return await self._read(lambda: self._database.changes_since(moment))
+
+    async def confirm_revocation(self, key_id: UUID) -> None:
+        await self._write(lambda: self._database.confirm(key_id))
+
+    async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
+        await self._write(lambda: self._database.set_digest(key_id, digest, digest_key_id))
+
+    async def _read(self, execute: Callable[[], T]) -> T:
+        return await self._ask(READ_SECONDS, execute)
+
+    async def _write(self, execute: Callable[[], T]) -> T:
+        return await self._ask(WRITE_SECONDS, execute)
+
+    async def _ask(self, seconds: float, execute: Callable[[], T]) -> T:
+        def if_up() -> T:
+            if not self._database.up:
+                raise ConnectionResetError("the database is down")
+            return execute()
+
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._network.ask(self._process, "database", if_up)
+        except (OSError, TimeoutError) as error:
+            raise Unavailable(f"database: {error!r}") from None
+
+
+def _at_once(work: Awaitable[T]) -> T:
+    """Run what never waits to its end."""
+    try:
+        next(work.__await__())
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("a transaction waited for something that is no statement of its own")
+
+
+def _stored_key(row: KeyRow, now: datetime) -> StoredKey:
+    columns = {name: getattr(row, name) for name in StoredKey._fields if hasattr(row, name)}
+    return StoredKey(**columns, suspended_at=None, read_at=now)
+
+
+def _api_key(row: KeyRow) -> ApiKey:
+    return ApiKey(
+        id=row.id,
+        key_prefix=row.prefix,
+        account_id=row.account_id,
+        name=row.name,
+        scopes=row.scopes,
+        created_at=row.created_at,
+        last_used_at=None,
+        expires_at=row.expires_at,
+        replaced_by=row.replaced_by,
+    )

@@ -1,0 +1,278 @@
+"""What must hold after every step, told by one who sees everything.
+
+The numbers are those of the list in the documentation of the simulation, `README.md` beside this.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import msgspec
+
+from tests.simulation.timeline import START
+from tfm_guard.bearer import as_headers
+from tfm_guard.errors import InvalidToken
+from tfm_guard.records import CacheEntry, Change, VerifiedKey
+from tfm_guard.shared_cache import SKEW_SECONDS
+
+if TYPE_CHECKING:
+    from tests.simulation.process import Process
+    from tests.simulation.world import World
+
+# By how much of a second the clock of a process may be wrong about a second.
+_DRIFT = 0.011
+_IDLE_TASKS = 6  # polling, the link's three, and two of what may be going on right now
+_WATCHED = 8  # how many of the keys last revoked are looked for in every memory after every step
+
+
+class Violation(Exception):
+    """An invariant does not hold."""
+
+    def __init__(self, invariant: int, what: str) -> None:
+        self.invariant = invariant
+        self.what = what
+        super().__init__(f"invariant {invariant}: {what}")
+
+
+@dataclass(eq=False)
+class KeyFacts:
+    """What is true of one key, whatever any process believes."""
+
+    token: bytes
+    prefix: str
+    key_id: UUID
+    account_id: str
+    created: int  # the step in which creating it returned
+    expires: float  # seconds
+    committed: float = float("inf")  # when its revocation was, in seconds
+    returned: int | None = None  # the step in which revoking it returned
+    early: float = -1.0  # until when processes may not know of it, having been asked too early
+    refused: dict[str, int] = field(default_factory=dict)  # process to step: first told "revoked"
+
+    def __post_init__(self) -> None:
+        self.headers = as_headers(self.token)
+        self.name = self.prefix.encode()
+        self.digest = b""
+
+    def __repr__(self) -> str:
+        return self.prefix
+
+
+class Oracle:
+    """Knows every key, and compares what processes answer with it."""
+
+    def __init__(self, world: "World") -> None:
+        self.keys: dict[str, KeyFacts] = {}
+        self._watched: list[KeyFacts] = []
+        self._world = world
+        self._recorded: dict[UUID, int] = {}
+        self._genuine: set[tuple[str, bytes]] = set()
+        times = world.installation
+        longest = times.unfed if world.with_redis else times.lease
+        self._stale_after = longest * (1 + _DRIFT) + 1e-6
+        world.database.on_commit.append(self._committed)
+        world.database.on_recorded.append(self._check_applied)
+        for server in world.deployment.servers:
+            server.on_fill = self._check_fill
+
+    def created(self, token: bytes, key: Any, *, asked_before: bool) -> KeyFacts:
+        """Note a new key, which whoever asks from now on must be told is good.
+
+        Who was *asked before* about its token may have to learn of it first, within the lease.
+        """
+        expires = float("inf")
+        if key.expires_at is not None:
+            expires = (key.expires_at - START).total_seconds()
+        facts = KeyFacts(token, key.key_prefix, key.id, key.account_id, self._world.steps, expires)
+        if asked_before:
+            facts.early = self._world.timeline.now + self._stale_after
+        facts.digest = self._world.digest_keys.current.digest(token)
+        self.keys[key.key_prefix] = facts
+        return facts
+
+    def returned(self, facts: KeyFacts) -> None:
+        """Note that revoking a key has returned: from now on nobody accepts it."""
+        row = self._world.database.tables.keys[facts.prefix]
+        if row.revoked_at is None:
+            self._world.fail(1, f"revoking {facts} returned, and its row is active")
+        if facts.returned is None:
+            facts.returned = self._world.steps
+
+    def accepted(
+        self, process: "Process", facts: KeyFacts, key: VerifiedKey, began: int, at: float
+    ) -> None:
+        """Check that a verification that began in that step, then, was right to accept."""
+        self._check_lawful(process, facts, began, at)
+        row = self._world.database.tables.keys[facts.prefix]
+        same = (key.key_id, key.key_prefix, key.account_id) == (row.id, row.prefix, row.account_id)
+        if not same or not key.scopes <= row.scopes or key.record[:16] != facts.digest:
+            self._world.fail(6, f"{process} accepts {facts} as {key!r}")
+
+    def refused(
+        self,
+        process: "Process",
+        facts: KeyFacts,
+        reason: str,
+        *,
+        began: int,
+        at: float,
+        from_memory: bool,
+    ) -> None:
+        """Check that a verification that began in that step, then, was right to refuse."""
+        now = self._world.timeline.now
+        good = facts.created < began and facts.committed > now and facts.expires > now + 1.0
+        if good and not (from_memory and reason == "unknown prefix" and at <= facts.early):
+            self._world.fail(9, f"{process} refuses {facts}, which is good, as {reason}")
+        if reason == "revoked":
+            facts.refused.setdefault(process.name, self._world.steps)
+
+    def accepted_unknown(self, process: "Process", token: bytes) -> None:
+        """Check that a token that nobody was given was made a key's meanwhile."""
+        row = self._world.database.tables.keys.get(token[6:14].decode())
+        facts = self.keys.get(token[6:14].decode())
+        if row is None or (facts is not None and facts.token != token):
+            self._world.fail(6, f"{process} accepts a wrong secret")
+
+    def check_memories(self) -> None:
+        """Check that no memory would accept what was revoked, were it asked now."""
+        world = self._world
+        for process in world.processes:
+            parts = process.parts
+            if not process.running or parts is None:
+                continue
+            entries = parts.verifier._local.entries  # noqa: SLF001
+            for facts in self._watched:
+                if facts.name in entries and self._would_accept(process, facts):
+                    self._check_lawful(process, facts, world.steps + 1, world.timeline.now)
+
+    def check_bounds(self) -> None:
+        """Check that nothing piles up."""
+        for process in self._world.processes:
+            count = len(process.loop.live_tasks()) if process.running else 0
+            if count > 400:
+                self._world.fail(16, f"{process} has {count} tasks")
+
+    def check_recovery(self) -> None:
+        """Check that every process has come to the head of the feed."""
+        tables = self._world.database.tables
+        for process in self._world.processes:
+            if process.parts is None:
+                self._world.fail(19, f"{process} is not open")
+                continue
+            row = tables.workers.get(process.freshness.worker_id)
+            if row is None or row.seen != tables.head:
+                self._world.fail(19, f"{process} is at {row} of {tables.head}")
+            freshness = process.freshness
+            silence = process.clock.monotonic() - freshness._heard  # noqa: SLF001
+            linked = freshness._link_counts and silence < self._world.installation.lease  # noqa: SLF001
+            if self._world.with_redis and not linked:
+                self._world.fail(19, f"{process} has no link that counts")
+
+    def check_idle(self) -> None:
+        """Check that nobody waits for anything while nothing is asked."""
+        for process in self._world.processes:
+            reader: Any = process.parts.verifier._reader  # noqa: SLF001
+            waiting = len(reader._flights) + len(reader._rows._waiting)  # noqa: SLF001
+            coroutines: list[Any] = [task.get_coro() for task in process.loop.live_tasks()]
+            tasks = sorted(coroutine.__qualname__ for coroutine in coroutines)
+            if waiting or len(tasks) > _IDLE_TASKS:
+                self._world.fail(16, f"{process} is idle, and {waiting} wait: {tasks}")
+
+    def some_remembered_key(self) -> KeyFacts | None:
+        """Return a good key that the last victim of a fault remembers, or else somebody."""
+        good, victim = self.good_keys(), self._world.victim
+        for processes in ([victim] if victim else [], self._world.processes):
+            memories = [
+                process.parts.verifier._local.entries  # noqa: SLF001
+                for process in processes
+                if process.running and process.parts is not None
+            ]
+            if found := [f for f in good if any(f.name in memory for memory in memories)]:
+                return self._world.random.choice(found)
+        return None
+
+    def good_keys(self) -> list[KeyFacts]:
+        """Return the keys that are good, and for some time to come."""
+        later = self._world.timeline.now + 5.0
+        return [f for f in self.keys.values() if f.committed > later and f.expires > later]
+
+    def _would_accept(self, process: "Process", facts: KeyFacts) -> bool:
+        try:
+            return process.guard.recall(facts.headers) is not None
+        except InvalidToken:
+            return False
+
+    def _check_lawful(self, process: "Process", facts: KeyFacts, began: int, at: float) -> None:
+        world = self._world
+        if facts.returned is not None and began > facts.returned:
+            world.fail(1, f"{process} accepts {facts} after revoking it returned")
+        if facts.refused.get(process.name, began) < began:
+            world.fail(2, f"{process} accepts {facts} again after it refused it as revoked")
+        if at > facts.committed + self._stale_after:
+            world.fail(5, f"{process} accepts {facts} longer than the lease after its revocation")
+        if at > facts.expires + 0.06:
+            world.fail(7, f"{process} accepts {facts} after its expiry")
+
+    def _committed(self, changes: list[Change]) -> None:
+        now = self._world.timeline.now
+        for change in changes:
+            facts = self.keys.get(change.prefix)
+            if change.kind == "revoked" and facts is not None:
+                facts.committed = min(facts.committed, now)
+                self._watched = [*self._watched[1 - _WATCHED :], facts]
+        self._check_plans()
+
+    def _check_plans(self) -> None:
+        tables = self._world.database.tables
+        for account_id, plan in tables.plans.items():
+            active = tables.count_active(account_id, self._world.database.now)
+            if active > self._world.settings.plans[plan]:
+                self._world.fail(13, f"{account_id} has {active} active keys")
+
+    def _check_applied(self, worker_id: UUID, seen: int) -> None:
+        """Check that who says to have seen so far has applied every change up to there."""
+        for process in self._world.processes:
+            if process.parts is None or process.freshness.worker_id != worker_id:
+                continue
+            checked = self._recorded.get(worker_id, 0)
+            for change, at in self._world.database.tables.changes:
+                if not checked < change.id <= seen:
+                    continue
+                age = (self._world.database.now - at).total_seconds()
+                floor = process.floor(change.prefix)
+                if floor < change.version and age < self._world.max_age:
+                    self._world.fail(15, f"{process} says it has seen {change}; floor {floor}")
+            self._recorded[worker_id] = max(checked, seen)
+
+    def _check_fill(self, name: str, old: bytes | None, new: bytes) -> None:
+        """Check that a fill neither lowers a version, nor ends a revocation, nor lies about age."""
+        entry = _read_entry(new)
+        prefix = name.rpartition(":")[2]
+        executed = self._world.database.last_reads.get(prefix, -1.0)
+        sealed_at = entry.sealed_at - START.timestamp()
+        if sealed_at > executed + 1e-6:
+            self._world.fail(4, f"the entry of {prefix} was sealed after the last read of its row")
+        genuine = old is not None and (name, old) in self._genuine
+        self._genuine.add((name, new))
+        if not genuine:
+            return
+        before = _read_entry(old or b"")
+        if entry.version < before.version or (before.revoked and not entry.revoked):
+            self._world.fail(3, f"a fill replaced {before!r} by {entry!r}")
+
+    def check_believed(self, process: "Process", entry: CacheEntry) -> None:
+        """Check that what is believed of Redis is not too old for that."""
+        age = self._world.timeline.now + START.timestamp() - entry.sealed_at
+        if age > self._world.max_age + 2 * SKEW_SECONDS:
+            self._world.fail(4, f"{process} believes {entry!r}, which is {age:.1f} s old")
+
+    def check_remembered(self, process: "Process", entry: CacheEntry, ends: float) -> None:
+        """Check that memory keeps what was sealed then for no longer than its age allows."""
+        lasts = entry.sealed_at - START.timestamp() + self._world.max_age + SKEW_SECONDS
+        slack = 2 * _DRIFT * self._world.max_age
+        if process.clock.time_of(ends) > lasts + slack:
+            self._world.fail(4, f"{process} remembers {entry!r} too long")
+
+
+def _read_entry(value: bytes) -> CacheEntry:
+    return msgspec.msgpack.decode(value[17:-16], type=CacheEntry)
