@@ -373,9 +373,6 @@ FOCUS: dict[str, tuple[Fault, ...]] = {
     "memory is filled although the floor moved": (faults.pause,),
     "who refused a revoked key may accept it": (faults.pause,),
     "revoking takes every link to have been told": _LONELY,
-    "revoking counts a lease from telling on a link that the register did not have then": Break(
-        Watch, "_end_of_trust", "max(told, since)", "told"
-    ),
     "revoking waits from the commit, not from telling": _LINKS,
     "revoking believes a register that was read too early": _LINKS,
     "a silent process is removed without a mark": (faults.pause, faults.cut_from_database),
