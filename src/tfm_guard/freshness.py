@@ -73,6 +73,7 @@ class Freshness:
         self._random = random
         self._counters = counters
         self.worker_id = _NOBODY  # in the register; another one whenever it registers anew
+        self._entered: UUID | None = None  # a row in the register that nothing has come of yet
         self._seen = 0
         self._link: str | None = None
         self._turn = 0
@@ -201,11 +202,11 @@ class Freshness:
 
     async def _join(self) -> None:
         """Enter the register, then read the feed: only then is there anything to trust."""
-        worker_id = UUID(bytes=self._random(16), version=4)
-        await self._store.register_worker(worker_id, f"{socket.gethostname()}:{os.getpid()}")
+        worker_id = await self._enter_register()
         started = self._clock.monotonic()
         state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))
         if state is None:
+            self._entered = None
             raise Unavailable("this process cannot find itself in the register")
         # The shared cache may hold entries that are older than changes made before this process
         # came: their floors are needed from the start.
@@ -214,12 +215,21 @@ class Freshness:
         for change in recent:
             self.apply(change)
         former, self.worker_id = self.worker_id, worker_id
+        self._entered = None
         self._discount_link()  # what was told before, was of the former place
         self._advance(state, started)
         # Nothing is remembered any more that the former place in the register stood for.
         if former != _NOBODY:
             with contextlib.suppress(Unavailable):
                 await self._store.unregister_worker(former)
+
+    async def _enter_register(self) -> UUID:
+        """Return the id of a new row, or of one where joining came no further: one is enough."""
+        if self._entered is None:
+            worker_id = UUID(bytes=self._random(16), version=4)
+            await self._store.register_worker(worker_id, f"{socket.gethostname()}:{os.getpid()}")
+            self._entered = worker_id
+        return self._entered
 
     def _discount_link(self) -> None:
         """Let the link not count until the register was told of it anew, and the feed read then."""

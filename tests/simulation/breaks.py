@@ -242,13 +242,12 @@ UNNOTICED: dict[str, Callable[[], Undo]] = {
     "a process reads the feed before it is in the register": Break(
         Freshness,
         "_join",
-        "    await self._store.register_worker(worker_id, "
-        'f"{socket.gethostname()}:{os.getpid()}")\n'
+        "    worker_id = await self._enter_register()\n"
         "    started = self._clock.monotonic()\n"
         "    state = await self._store.poll(worker_id, Place(0, self._link, self._next_turn()))\n",
         "    started = self._clock.monotonic()\n"
         "    state = FeedState(*await self._store.head())\n"
-        "    await self._store.register_worker(worker_id, '')\n",
+        "    worker_id = await self._enter_register()\n",
     ),
     "a gap in the feed is passed over": Break(
         Freshness, "_new_changes", "if len(changes) == state.head - self._seen:", "if True:"
