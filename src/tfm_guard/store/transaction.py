@@ -119,16 +119,8 @@ class Transaction:
 
     async def lock_key(self, account_id: str, key_id: UUID) -> Row[Any] | None:
         """Return the row of the account's key, revoked or not, and hold it and the account."""
-        keys = schema.keys.c
-        statement = (
-            select(schema.keys)
-            .join_from(schema.accounts, schema.keys)
-            .where(keys.id == key_id, keys.account_id == account_id)
-            # Both: of what it waited for, PostgreSQL returns the newest state, of what is joined
-            # to that, the state when the statement began.
-            .with_for_update(of=[schema.accounts, schema.keys])
-        )
-        return (await self._connection.execute(statement)).one_or_none()
+        wanted = {"locked_id": key_id, "locked_account_id": account_id}
+        return (await self._connection.execute(_LOCK_KEY, wanted)).one_or_none()
 
     async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
         """Revoke a key, which so comes to *version*, at the end of the transaction."""
@@ -207,6 +199,17 @@ def _parameters(table: Table, names: Iterable[str], prefix: str) -> dict[str, An
     return {name: bindparam(f"{prefix}_{name}", type_=table.c[name].type) for name in names}
 
 
+_LOCK_KEY: Final = (
+    select(schema.keys)
+    .join_from(schema.accounts, schema.keys)
+    .where(
+        schema.keys.c.id == bindparam("locked_id"),
+        schema.keys.c.account_id == bindparam("locked_account_id"),
+    )
+    # Both: of what it waited for, PostgreSQL returns the newest state, of what is joined to that,
+    # the state when the statement began.
+    .with_for_update(of=[schema.accounts, schema.keys])
+)
 _REVOKE: Final = (
     update(schema.keys)
     .where(schema.keys.c.id == bindparam("revoked_id"))
