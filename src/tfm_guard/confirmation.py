@@ -122,14 +122,17 @@ class Confirmation:
     async def _watch(self, watch: "Watch", acknowledged: Acknowledgements) -> Revocation:
         step = _FIRST_PAUSE_SECONDS
         while True:
-            acknowledged.came.clear()
             asked = self._clock.monotonic()
             register = await self._read_register()
             end = watch.look(register, {self._freshness.worker_id, *acknowledged})
+            if end > asked:
+                acknowledged.expect(watch.behind)
+                left = end - self._clock.monotonic()
+                await self._clock.sleep(min(step, max(left, 0)), unless=acknowledged.complete)
+                # The same register: who has joined since has read the feed.
+                end = watch.look(register, {self._freshness.worker_id, *acknowledged})
             if end <= asked:
                 break
-            left = end - self._clock.monotonic()
-            await self._clock.sleep(min(step, max(left, 0)), unless=acknowledged.came)
             step = min(2 * step, _LONGEST_PAUSE_SECONDS)
         if watch.silent:
             await self._strike_off(watch)
@@ -187,6 +190,7 @@ class Watch:
     ) -> None:
         self.change_id = change_id
         self.started = clock.monotonic()
+        self.behind: frozenset[UUID] = frozenset()  # who is waited for
         # Who has been in the register since it was first read, and said nothing; and who was found
         # marked then.
         self.silent: frozenset[UUID] = frozenset()
@@ -209,7 +213,7 @@ class Watch:
         if register is None:
             return self.started + self._unfed_wait
         self._note_links(register)
-        behind = frozenset(
+        behind = self.behind = frozenset(
             worker
             for worker in self._links
             if register[worker].seen < self.change_id and worker not in heard

@@ -14,7 +14,7 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from hmac import compare_digest
 from typing import Any, Final, TypeVar
@@ -260,15 +260,23 @@ class Link:
 
 
 class Acknowledgements(set[UUID]):
-    """The processes that have acknowledged; *came* is set when there is another one."""
+    """The processes that have acknowledged; *complete* is set when no expected one is missing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.came = asyncio.Event()
+        self.complete = asyncio.Event()
+        self._missing: set[UUID] = set()
+
+    def expect(self, workers: Iterable[UUID]) -> None:
+        """Wait for all of *workers*."""
+        self._missing = set(workers) - self
+        self.complete.clear()
 
     def add(self, worker_id: UUID) -> None:
         super().add(worker_id)
-        self.came.set()
+        self._missing.discard(worker_id)
+        if not self._missing:
+            self.complete.set()
 
 
 class Publisher:

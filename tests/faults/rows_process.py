@@ -14,7 +14,7 @@ _FORGETFUL = Shape(redis=False, remembers=1)
 # What waits on a link would be handled first, and hide that the lease has ended.
 _NO_LINK = Shape(redis=False)
 # Where a process dies while it revokes, and the change is not yet committed, or is.
-_BEFORE = ("before the transaction", "key locked", "row written", "audited")
+_BEFORE = ("before the transaction", "key locked", "before COMMIT")
 _AFTER = ("after COMMIT", "before reading the register", "register read", "before confirming")
 _UNSEEN_SECONDS = 1.5
 

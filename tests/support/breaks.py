@@ -277,6 +277,7 @@ def numbers_early() -> Undo:
 
     async def append_changes(self: Any) -> None:
         feed, changes = schema.feed, schema.changes
+        await self._write()
         for kind, prefix, version in self._pending:
             async with self._connection.engine.begin() as own:
                 statement = update(feed).values(head=feed.c.head + 1).returning(feed.c.head)

@@ -12,8 +12,6 @@ from tfm_guard.store import Store, Transaction
 _POINTS: Final[dict[str, tuple[type, str, bool]]] = {
     "before the transaction": (Store, "transact", True),
     "key locked": (Transaction, "lock_key", False),
-    "row written": (Transaction, "revoke_key", False),
-    "audited": (Transaction, "audit", False),
     "before COMMIT": (Transaction, "append_changes", False),
     "after COMMIT": (Store, "transact", False),
     "before reading the register": (Store, "read_register", True),

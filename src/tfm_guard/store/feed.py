@@ -14,6 +14,7 @@ from tfm_guard.store import schema
 # What a struck-off process has "seen": less than anything.
 MARKED: Final = -1
 _HEAD: Final = select(schema.feed.c.head).scalar_subquery()
+_REGISTER: Final = select(schema.workers.c.id, schema.workers.c.seen, schema.workers.c.link)
 
 
 class Place(NamedTuple):
@@ -106,8 +107,7 @@ def _is_registered(worker_id: UUID) -> ColumnElement[bool]:
 
 async def read_register(connection: AsyncConnection) -> dict[UUID, Member]:
     """Return the registered processes."""
-    workers = schema.workers.c
-    rows = await connection.execute(select(workers.id, workers.seen, workers.link))
+    rows = await connection.execute(_REGISTER)
     return {row.id: Member(row.seen, row.link) for row in rows}
 
 

@@ -1,12 +1,13 @@
 """The statements that a change is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Row, bindparam, func, insert, or_, select, update
+from sqlalchemy import Insert, Row, Table, Update, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -35,6 +36,7 @@ class Transaction:
     def __init__(self, connection: AsyncConnection, now: datetime) -> None:
         self._connection = connection
         self._pending: list[tuple[ChangeKind, str, int]] = []
+        self._writes: dict[Insert | Update, dict[str, Any]] = {}
         self._is_postgresql = connection.dialect.name == "postgresql"
         self.changes: list[Change] = []
         self.now = now
@@ -117,24 +119,13 @@ class Transaction:
 
     async def lock_key(self, account_id: str, key_id: UUID) -> Row[Any] | None:
         """Return the row of the account's key, revoked or not, and hold it and the account."""
-        keys = schema.keys.c
-        statement = (
-            select(schema.keys)
-            .join_from(schema.accounts, schema.keys)
-            .where(keys.id == key_id, keys.account_id == account_id)
-            # Both: of what it waited for, PostgreSQL returns the newest state, of what is joined
-            # to that, the state when the statement began.
-            .with_for_update(of=[schema.accounts, schema.keys])
-        )
-        return (await self._connection.execute(statement)).one_or_none()
+        wanted = {"locked_id": key_id, "locked_account_id": account_id}
+        return (await self._connection.execute(_LOCK_KEY, wanted)).one_or_none()
 
     async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
-        """Revoke a key, which so comes to *version*."""
-        await self._connection.execute(
-            update(schema.keys)
-            .where(schema.keys.c.id == key_id)
-            .values(revoked_at=self.now, version=version)
-        )
+        """Revoke a key, which so comes to *version*, at the end of the transaction."""
+        values = {"revoked_id": key_id, "revoked_now": self.now, "revoked_version": version}
+        await self._put_off(_REVOKE, values)
         self._pending.append(("revoked", prefix, version))
 
     async def head(self) -> int:
@@ -151,53 +142,99 @@ class Transaction:
         key_name: str,
         meta: Mapping[str, Any],
     ) -> None:
-        """Append a row about a key to the audit log."""
-        await self._connection.execute(
-            insert(schema.audit).values(
-                account_id=account_id,
-                actor=actor,
-                action=action,
-                target_type="API key",
-                target_name=key_name,
-                target_id=str(key_id),
-                category="Security",
-                meta=msgspec.json.encode(meta).decode(),
-                created_at=self.now,
-            )
-        )
+        """Append a row about a key to the audit log, at the end of the transaction."""
+        row = {
+            "account_id": account_id,
+            "actor": actor,
+            "action": action,
+            "target_type": "API key",
+            "target_name": key_name,
+            "target_id": str(key_id),
+            "category": "Security",
+            "meta": msgspec.json.encode(meta).decode(),
+            "created_at": self.now,
+        }
+        await self._put_off(_AUDIT, {f"audit_{name}": value for name, value in row.items()})
 
     async def append_changes(self) -> None:
-        """Number the changes made and append them to the feed: the last statements of all.
+        """Write what was put off, number the changes and append them to the feed, last of all.
 
         The head's row stays locked until COMMIT, so the order of the numbers is the order of the
         commits: whoever sees a number has been able to see every lower one.
         """
+        if not self._is_postgresql or not self._pending:
+            await self._write()
         for kind, prefix, version in self._pending:
             row = {"kind": kind, "prefix": prefix, "version": version, "created_at": self.now}
             if self._is_postgresql:
-                head = (await self._connection.execute(_APPEND, row)).scalar_one()
+                head = await self._append_with_writes(row)
             else:
                 head = (await self._connection.execute(_NEXT_HEAD)).scalar_one()
                 await self._connection.execute(insert(schema.changes).values(id=head, **row))
             self.changes.append(Change(head, kind, prefix, version))
 
+    async def _append_with_writes(self, row: Mapping[str, Any]) -> int:
+        values = {f"change_{name}": value for name, value in row.items()}
+        for more in self._writes.values():
+            values.update(more)
+        append = _append_with(*self._writes)
+        self._writes = {}
+        head: int = (await self._connection.execute(append, values)).scalar_one()
+        return head
 
+    async def _put_off(self, statement: Insert | Update, values: dict[str, Any]) -> None:
+        """Have *statement* executed before COMMIT, together with appending to the feed."""
+        if statement in self._writes:
+            await self._write()
+        self._writes[statement] = values
+
+    async def _write(self) -> None:
+        for statement, values in self._writes.items():
+            await self._connection.execute(statement, values)
+        self._writes = {}
+
+
+def _parameters(table: Table, names: Iterable[str], prefix: str) -> dict[str, Any]:
+    # Not named as the columns: SQLAlchemy would take them for those of any table in the statement.
+    return {name: bindparam(f"{prefix}_{name}", type_=table.c[name].type) for name in names}
+
+
+_LOCK_KEY: Final = (
+    select(schema.keys)
+    .join_from(schema.accounts, schema.keys)
+    .where(
+        schema.keys.c.id == bindparam("locked_id"),
+        schema.keys.c.account_id == bindparam("locked_account_id"),
+    )
+    # Both: of what it waited for, PostgreSQL returns the newest state, of what is joined to that,
+    # the state when the statement began.
+    .with_for_update(of=[schema.accounts, schema.keys])
+)
+_REVOKE: Final = (
+    update(schema.keys)
+    .where(schema.keys.c.id == bindparam("revoked_id"))
+    .values(revoked_at=bindparam("revoked_now"), version=bindparam("revoked_version"))
+)
+_AUDITED: Final = [c.name for c in schema.audit.c if c.name not in {"id", "request_id"}]
+_AUDIT: Final = insert(schema.audit).values(_parameters(schema.audit, _AUDITED, "audit"))
 _NEXT_HEAD: Final = (
     update(schema.feed).values(head=schema.feed.c.head + 1).returning(schema.feed.c.head)
 )
 _next: Final = _NEXT_HEAD.cte("next")
-# Both in one statement, which SQLite cannot: every round trip prolongs the time to revoke.
 _APPEND: Final = (
     insert(schema.changes)
     .from_select(
         ["id", *_CHANGE_COLUMNS],
-        select(
-            _next.c.head,
-            *(bindparam(name, type_=schema.changes.c[name].type) for name in _CHANGE_COLUMNS),
-        ),
+        select(_next.c.head, *_parameters(schema.changes, _CHANGE_COLUMNS, "change").values()),
     )
     .returning(schema.changes.c.id)
 )
+
+
+@cache
+def _append_with(*writes: Insert | Update) -> Insert:
+    # All in one statement, which SQLite cannot: every round trip prolongs the time to revoke.
+    return _APPEND.add_cte(*(write.cte(f"write_{n}") for n, write in enumerate(writes)))
 
 
 def is_active(now: Any) -> tuple[Any, ...]:
