@@ -29,7 +29,7 @@ from tfm_guard.errors import NotConfirmed, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.link import Acknowledgements, Link
 from tfm_guard.records import Change, Revocation
-from tfm_guard.store import MARKED, Installation, Member, Store
+from tfm_guard.store import MARKED, Installation, Member, Register, Store
 
 _log: Final = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ _MARGIN: Final = 0.5
 _FIRST_PAUSE_SECONDS: Final = 0.005
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 _PUBLISHING_PAUSE_SECONDS: Final = 0.1
-
-Register = dict[UUID, Member]
 
 
 class Confirmation:
@@ -65,12 +63,13 @@ class Confirmation:
         self._running: dict[tuple[str, int], asyncio.Task[Revocation]] = {}
         self._next_reading: asyncio.Task[Register | None] | None = None
         self._reading: asyncio.Task[Register | None] | None = None
+        self._striking: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def close(self) -> None:
         """Leave off waiting; what is committed stays so."""
         self._closed = True
-        waits = (*self._running.values(), self._reading, self._next_reading)
+        waits = (*self._running.values(), *self._striking, self._reading, self._next_reading)
         pending = [task for task in waits if task is not None]
         for task in pending:
             task.cancel()
@@ -135,10 +134,13 @@ class Confirmation:
                 break
             step = min(2 * step, _LONGEST_PAUSE_SECONDS)
         if watch.silent:
-            await self._strike_off(watch)
+            # Nobody waits for that: rows may be locked by the very processes that are meant.
+            striking = asyncio.get_running_loop().create_task(self._strike_off(watch))
+            self._striking.add(striking)
+            striking.add_done_callback(self._striking.discard)
         return Revocation(
             how="acknowledged" if end == -math.inf else "lease",
-            workers=len(register or ()),
+            workers=len(register.members if register else ()),
             seconds=self._clock.monotonic() - watch.started,
         )
 
@@ -210,24 +212,26 @@ class Watch:
         It counts if the register was read after that. It lies in the past for ever if everybody has
         acknowledged, *heard* being those who did so over the link.
         """
-        if register is None:
+        if register is None or register.head < self.change_id:
+            # Nor does a server that lacks the change know who has come since: it is a former one.
             return self.started + self._unfed_wait
-        self._note_links(register)
+        members = register.members
+        self._note_links(members)
         behind = self.behind = frozenset(
             worker
             for worker in self._links
-            if register[worker].seen < self.change_id and worker not in heard
+            if members[worker].seen < self.change_id and worker not in heard
         )
         if self._first:
             self._first = False
             self.silent = behind
-            self.marked = frozenset(w for w in behind if register[w].seen == MARKED)
+            self.marked = frozenset(w for w in behind if members[w].seen == MARKED)
         self.silent &= behind
         if self._telling is not None:
             self._telling.also_tell(self.marked)
         return max(map(self._end_of_trust, behind), default=-math.inf)
 
-    def _note_links(self, register: Register) -> None:
+    def _note_links(self, register: dict[UUID, Member]) -> None:
         now = self._clock.monotonic()
         if self._first:
             self._links = {worker: (member.link, now) for worker, member in register.items()}

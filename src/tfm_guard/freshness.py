@@ -118,7 +118,8 @@ class Freshness:
         if self._tasks:
             await asyncio.wait(self._tasks)
         with contextlib.suppress(Unavailable):
-            await self._store.unregister_worker(self.worker_id)
+            for row in {self.worker_id, self._entered or self.worker_id}:
+                await self._store.unregister_worker(row)
 
     def is_fresh(self) -> bool:
         """Tell whether memory counts now."""

@@ -41,6 +41,9 @@ _SILENCE_SECONDS: Final = 1.0
 _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 1.0
 _SEAL_BYTES: Final = 16
+_CANCEL_SECONDS: Final = 0.1
+# Between a failure to publish and the next attempt.
+_PUBLISHER_PAUSE_SECONDS: Final = (0.15, 0.25)
 # More than this to publish at once means that somebody floods us.
 _MOST_WAITING: Final = 1_024
 
@@ -114,7 +117,7 @@ class Link:
         self._clock = clock
         self._random = random
         self._counters = counters
-        self._publisher = Publisher(connect)
+        self._publisher = Publisher(connect, clock)
         self._asked: dict[bytes, float] = {}  # nonces of PINGs, and when each was sent, monotonic
         self._awaited: defaultdict[Change, list[Acknowledgements]] = defaultdict(list)
         self._running: asyncio.Task[None] | None = None
@@ -129,8 +132,7 @@ class Link:
     async def stop(self) -> None:
         """Close the connections."""
         if self._running is not None:
-            self._running.cancel()
-            await asyncio.wait({self._running})
+            await _end(self._running)
         await self._publisher.close()
 
     async def tell(self, changes: Sequence[Change], *, struck_off: Collection[UUID] = ()) -> str:
@@ -282,8 +284,9 @@ class Acknowledgements(set[UUID]):
 class Publisher:
     """Publishes on one connection, in order; what is asked for at the same time goes together."""
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, clock: Clock) -> None:
         self._connect = connect
+        self._clock = clock
         self._wire: Wire | None = None
         self._waiting: list[tuple[str, bytes, asyncio.Future[str]]] = []
         self._sending: asyncio.Task[None] | None = None
@@ -299,8 +302,7 @@ class Publisher:
     async def close(self) -> None:
         """Close the connection; what was still to be published is not."""
         if self._sending is not None:
-            self._sending.cancel()
-            await asyncio.wait({self._sending})
+            await _end(self._sending)
         await self._disconnect()
 
     def _enqueue(self, channel: str, payload: bytes) -> "asyncio.Future[str]":
@@ -319,13 +321,16 @@ class Publisher:
         try:
             while self._waiting:
                 batch, self._waiting = self._waiting, []
-                await self._send(batch)
+                if not await self._send(batch):
+                    # All who try again share the next attempt, however many they are.
+                    await self._clock.sleep(random.uniform(*_PUBLISHER_PAUSE_SECONDS))  # noqa: S311
         finally:
             self._sending = None
             for *_, future in self._waiting:
                 future.cancel()
 
-    async def _send(self, batch: list[tuple[str, bytes, "asyncio.Future[str]"]]) -> None:
+    async def _send(self, batch: list[tuple[str, bytes, "asyncio.Future[str]"]]) -> bool:
+        """Publish *batch*, tell those who wait, and return whether that went well."""
         commands = [("PUBLISH", channel, payload) for channel, payload, _ in batch]
         try:
             run_id = await self._send_twice(commands)
@@ -336,9 +341,10 @@ class Publisher:
         except Exception as error:  # noqa: BLE001  # it is for whoever waits
             for *_, future in batch:
                 future.set_exception(error)
-        else:
-            for *_, future in batch:
-                future.set_result(run_id)
+            return False
+        for *_, future in batch:
+            future.set_result(run_id)
+        return True
 
     async def _send_twice(self, commands: list[tuple[str, str, bytes]]) -> str:
         """Send *commands*; once more if a connection that had been left idle turns out dead."""
@@ -366,6 +372,13 @@ class Publisher:
         wire, self._wire = self._wire, None
         if wire is not None:
             await wire.close()
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    """Cancel *task* until it has ended: redis-py can lose a cancellation (in a wait_for)."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
 
 
 def _mac(key: bytes, channel: str, body: bytes) -> bytes:

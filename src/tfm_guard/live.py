@@ -57,7 +57,8 @@ class LiveConnection:
     @property
     def doubtful(self) -> bool:
         """Whether the key may have changed since it was last looked at."""
-        return self.refusal is None and self._cleared < self._doubts
+        live = self.refusal is None and not self._released
+        return live and self._cleared < self._doubts
 
     async def check(self) -> None:
         """Return if the key holds now; else, or if that cannot be known, end. Raises `Ended`."""

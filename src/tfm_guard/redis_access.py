@@ -78,7 +78,7 @@ class _Wire:
     async def receive(self) -> Any:
         if not self._connection.is_connected:
             raise ConnectionError("the connection was lost")
-        return await self._connection.read_response(disable_decoding=True, timeout=math.inf)
+        return await _read_reply(self._connection)
 
     async def close(self) -> None:
         await self._connection.disconnect(nowait=True)
@@ -88,9 +88,9 @@ async def _checked_run_id(connection: AbstractConnection) -> str:
     """Return the server's run id; raise unless it is a master, and of no cluster."""
     commands = [("ROLE",), ("INFO", "server"), ("INFO", "cluster")]
     await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-    role, server, cluster = [
-        await connection.read_response(disable_decoding=True, timeout=math.inf) for _ in commands
-    ]
+    role = await _read_reply(connection)
+    server = await _read_reply(connection)
+    cluster = await _read_reply(connection)
     if _field(cluster, b"cluster_enabled") == "1":
         raise ConfigurationError(
             "TFM_GUARD_REDIS_URL: Redis Cluster is not supported; use a single master, with "
@@ -99,6 +99,10 @@ async def _checked_run_id(connection: AbstractConnection) -> str:
     if role[0] != b"master":
         raise ConnectionError(f"this Redis is a {role[0]!r}; the URL must lead to the master")
     return _field(server, b"run_id")
+
+
+async def _read_reply(connection: AbstractConnection) -> Any:
+    return await connection.read_response(disable_decoding=True, timeout=math.inf)
 
 
 def _field(info: bytes, name: bytes) -> str:

@@ -228,7 +228,7 @@ async def test_what_was_seen_is_recorded(store: Store, database_url: str, member
         return [row.seen for row in execute(database_url, WORKERS)] == [2]
 
     await until(recorded, what="the record")
-    assert await store.read_register() == {member.worker_id: Registered(2, None)}
+    assert (await store.read_register()).members == {member.worker_id: Registered(2, None)}
 
 
 async def test_a_lease_ends_without_polls(member: Member) -> None:
@@ -470,13 +470,13 @@ async def test_a_write_that_comes_late_changes_nothing(store: Store) -> None:
     await store.record_place(worker_id, Place(3, "x", 7))
     for late in (Place(5, "y", 7), Place(2, None, 6), Place(5, None, 1)):
         await store.record_place(worker_id, late)
-        assert (await store.read_register())[worker_id] == Registered(3, "x")
+        assert (await store.read_register()).members[worker_id] == Registered(3, "x")
         state = await store.poll(worker_id, late)
         assert state is not None
         assert (state.head, state.turn) == (5, 7)
-        assert (await store.read_register())[worker_id] == Registered(3, "x")
+        assert (await store.read_register()).members[worker_id] == Registered(3, "x")
     await store.record_place(worker_id, Place(2, None, 8))
-    assert (await store.read_register())[worker_id] == Registered(2, None)
+    assert (await store.read_register()).members[worker_id] == Registered(2, None)
 
 
 async def test_a_mark_cannot_be_written_over(store: Store) -> None:
@@ -489,7 +489,7 @@ async def test_a_mark_cannot_be_written_over(store: Store) -> None:
     await store.record_place(ahead, Place(2, "x", 1))
     # Only who is still behind is marked, and only who is marked is removed.
     await store.strike_off([behind, ahead], 2, marked=[marked])
-    register = await store.read_register()
+    register = (await store.read_register()).members
     assert register == {
         behind: Registered(MARKED, "x"),
         ahead: Registered(2, "x"),
@@ -497,9 +497,9 @@ async def test_a_mark_cannot_be_written_over(store: Store) -> None:
     }
     await store.record_place(behind, Place(2, None, 9))
     assert await store.poll(behind, Place(0, None, 10)) is None
-    assert await store.read_register() == register
+    assert (await store.read_register()).members == register
     await store.strike_off([], 3, marked=[behind])
-    assert {*await store.read_register()} == {ahead, marked}
+    assert {*(await store.read_register()).members} == {ahead, marked}
 
 
 async def test_a_link_counts_once_the_register_tells_it(database_url: str, member: Member) -> None:
@@ -696,7 +696,7 @@ from tfm_guard.testing import CHEAP_HASHING
 async def child(guard, token):
     key = await guard.verify(token)
     warm = guard.recall(as_headers(token.encode())) is not None
-    register = await guard._store.read_register()
+    register = (await guard._store.read_register()).members
     mine = guard._parts.verifier._freshness.worker_id
     await guard.close()
     return [key.name, warm, len(register), str(mine)]
@@ -725,7 +725,7 @@ os.waitpid(pid, 0)
 
 async def after():
     key = await guard.verify(token)
-    register = await guard._store.read_register()
+    register = (await guard._store.read_register()).members
     await guard.close()
     return [key.name, [str(worker) for worker in register]]
 

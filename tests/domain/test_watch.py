@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 
 from tfm_guard.confirmation import Telling, Watch
-from tfm_guard.store import MARKED, Member
+from tfm_guard.store import MARKED, Member, Register
 from tfm_guard.testing import ManualClock
 
 LEASE, UNFED = 2.0, 60.0
@@ -43,14 +43,20 @@ class Case:
         self.told = Told()
         self.watch = Watch(CHANGE, self.told if linked else None, self.clock, LEASE, UNFED)
 
-    def look(self, *rows: tuple[Any, ...], heard: Collection[UUID] = (), after: float = 0) -> float:
+    def look(
+        self,
+        *rows: tuple[Any, ...],
+        heard: Collection[UUID] = (),
+        after: float = 0,
+        head: int = CHANGE,
+    ) -> float:
         """Look *after* seconds at the register with those rows; return the end of trust, from 100.
 
         A row is a process, what it has seen, and its link.
         """
         self.clock.advance(after)
         register = {worker: Member(seen, link) for worker, seen, link in rows}
-        return self.watch.look(register, heard) - 100
+        return self.watch.look(Register(head, register), heard) - 100
 
 
 @pytest.fixture
@@ -190,3 +196,9 @@ def test_a_mark_made_while_revoking_waits_is_another_revokers(case: Case) -> Non
     assert case.told.news == set()
     assert case.watch.silent == {ONE, OTHER}
     assert case.watch.marked == set()
+
+
+def test_register_of_a_server_that_lacks_the_change_tells_nothing(case: Case) -> None:
+    """Who is in the register of a former primary says nothing of who has registered since."""
+    assert case.look(head=CHANGE - 1) == LONGEST
+    assert case.look((ONE, CHANGE - 1, None), after=1) == 1 + WAIT

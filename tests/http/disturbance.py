@@ -16,7 +16,9 @@ SOURCE = Path(tfm_guard.__file__).parent
 # What a guard does by itself, however requests fare: by which functions.
 BACKGROUND = {
     "Freshness._poll_for_ever",
-    "Freshness._record_seen",
+    "Freshness._record",
+    "Link._stay_connected",
+    "Publisher._send_all",
     "Verifier._renew_digest",
     "SharedCache._write_fills",
     "Breaker._probe_until_closed",

@@ -126,11 +126,29 @@ ELSEWHERE: Final = {
     "guard.Guard.close": "the others' close is meant",
     "store.store.Store.close": "the guard's last close ends it",
     "store.database.Database.close": "the guard's last close ends it",
+    "confirmation.Confirmation.close": "the others' close is meant",
+    "live.LiveConnections.close": "the others' close is meant",
+    "link.Publisher.close": "the others' close is meant",
+    "http.live._Response.send": "the server's send is meant",
+    "http.live._Socket.send": "the server's send is meant",
+    "http.live._Socket.receive": "the server's receive is meant",
+    "http.live._Socket.closed": "the breaker's closed is meant",
+    "live.LiveConnection.check": "the SQLite file's check is meant",
+    "link.Publisher._send": "the middleware's is meant",
+    "link.Publisher._disconnect": "no request waits for it",
+    "redis_access._Wire.send": "ASGI's send is meant",
+    "redis_access._Wire.receive": "ASGI's receive is meant",
+    "link.Link.stop": "the link is started last, and so never stopped because opening failed",
+    "http.middleware.APIKeyMiddleware._run_live": "the WebSockets here are refused",
+    "guard.Guard.holds": "only live connections ask again",
+    "verifier.Verifier.holds": "only live connections ask again",
     "clock.SystemClock.sleep": "only what goes on in the background sleeps",
     "testing.ManualClock.sleep": "only tests have it",
     "store.feed.state_and_record": "only PostgreSQL is asked so",
     "freshness.Freshness._poll_for_ever": "no request waits for it",
-    "freshness.Freshness._record_seen": "no request waits for it",
+    "freshness.Freshness._record": "no request waits for it",
+    "link.Link._stay_connected": "no request waits for it",
+    "link.Publisher._send_all": "no request waits for it",
     "verifier.Verifier._renew_digest": "no request waits for it",
     "shared_cache.SharedCache._write_fills": "no request waits for it",
     "shared_cache.Breaker._probe_until_closed": "no request waits for it",
@@ -150,6 +168,34 @@ NEVER: Final = {
         "await self.app(scope, receive, send)",
     ): "the request has been let through; what waits is the app",
     (
+        "http.middleware.APIKeyMiddleware.__call__",
+        "await self._run_live(key, scope, receive, send)",
+    ): "the WebSockets here are refused",
+    (
+        "guard.Guard._build",
+        "await link.start()",
+    ): "it starts a task",
+    (
+        "redis_access.RedisAccess.connect",
+        "await connection.disconnect(nowait=True)",
+    ): "it does not wait for that",
+    (
+        "redis_access._Wire.close",
+        "await self._connection.disconnect(nowait=True)",
+    ): "it does not wait for that",
+    (
+        "shared_cache.SharedCache._probe",
+        "await wire.close()",
+    ): "it does not wait for that",
+    (
+        "redis_access._checked_run_id",
+        "await _read_reply(connection)",
+    ): "the answers to what was sent together come together",
+    (
+        "redis_access.RedisAccess.close",
+        "await self.client.aclose()",
+    ): "nothing was sent over the pool when opening failed",
+    (
         "guard.Guard._open_for_request",
         "async with asyncio.timeout(_OPENING_SECONDS):",
     ): "a timeout is entered and left at once",
@@ -159,7 +205,7 @@ NEVER: Final = {
     ): "only PostgreSQL is asked for the time",
     (
         "store.store.Store.poll.run",
-        "await feed.state_and_record(connection, worker_id, seen)",
+        "await feed.state_and_record(connection, worker_id, place)",
     ): "only PostgreSQL is asked so",
     (
         "verifier.Verifier.look_up",
@@ -179,11 +225,11 @@ NEVER: Final = {
     ): "only for an unknown prefix that another asks for, too",
     (
         "shared_cache.SharedCache._read",
-        "async with asyncio.timeout(_TIMEOUT_SECONDS):",
+        "async with asyncio.timeout(TIMEOUT_SECONDS):",
     ): "a timeout is entered and left at once",
     (
-        "shared_cache.SharedCache._probe",
-        "async with asyncio.timeout(_TIMEOUT_SECONDS):",
+        "redis_access.RedisAccess.connect",
+        "async with asyncio.timeout(TIMEOUT_SECONDS):",
     ): "a timeout is entered and left at once",
     (
         "freshness.Freshness.stop",
@@ -305,7 +351,8 @@ def went_on(log: pytest.LogCaptureFixture) -> bool:
     when it cannot be used, and goes without.
     """
     return any(
-        record.name.startswith("sqlalchemy.pool") or record.name == "tfm_guard.shared_cache"
+        record.name.startswith("sqlalchemy.pool")
+        or record.name in ("tfm_guard.shared_cache", "tfm_guard.link")
         for record in log.records
         if record.levelno >= logging.WARNING
     )
@@ -322,7 +369,7 @@ def check_refused(outcome: Outcome, kind: Kind, log: pytest.LogCaptureFixture) -
         assert kind.accepted
         assert outcome.request.sent == []
         # Whatever is wrong with Redis, the database is asked.
-        assert went_on(log) or "shared_cache.py" in {place.file for place in outcome.struck}
+        assert went_on(log) or not {place.file for place in outcome.struck}.isdisjoint(REDIS)
     elif outcome.request.status != 503:
         assert kind.token == "revoked" or kind.empty
         if kind.extensions == {}:
@@ -330,6 +377,10 @@ def check_refused(outcome: Outcome, kind: Kind, log: pytest.LogCaptureFixture) -
         else:
             assert outcome.request.status == 401
             assert went_on(log)
+
+
+# Where only Redis is dealt with, without which the database is asked.
+REDIS: Final = {"shared_cache.py", "redis_access.py"}
 
 
 class InjectedError(Exception):
@@ -392,7 +443,7 @@ async def test_a_cancellation_anywhere_lets_nothing_through(stage: Stage, kind: 
             continue
         if outcome.reached:
             # As if Redis were not there: the database was asked.
-            assert "shared_cache.py" in {place.file for place in outcome.struck}
+            assert not {place.file for place in outcome.struck}.isdisjoint(REDIS)
             continue
         # Not the request was cancelled, but a task that it waits for.
         assert outcome.error is None
@@ -422,7 +473,9 @@ async def test_every_await_of_the_guard_is_among_them(stage: Stage) -> None:
     unknown = {place for place in seen if not any(outer.holds(place) for outer in places)}
     assert unknown == set()
     waited = {min((outer for outer in places if outer.holds(place)), key=extent) for place in seen}
-    assert {places[place] for place in places.keys() - waited} == set(NEVER)
+    left = {places[place] for place in places.keys() - waited}
+    assert left - set(NEVER) == set()
+    assert set(NEVER) - left == set()
 
 
 def extent(place: Place) -> tuple[int, int]:

@@ -14,7 +14,16 @@ from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
-from tfm_guard.store import MARKED, Account, FeedState, Installation, Member, Place, PrefixTaken
+from tfm_guard.store import (
+    MARKED,
+    Account,
+    FeedState,
+    Installation,
+    Member,
+    Place,
+    PrefixTaken,
+    Register,
+)
 from tfm_guard.store.database import READ_SECONDS, WRITE_SECONDS
 
 if TYPE_CHECKING:
@@ -235,9 +244,10 @@ class SimDatabase:
             for listener in self.on_recorded:
                 listener(worker_id, place.seen)
 
-    def read_register(self) -> dict[UUID, Member]:
+    def read_register(self) -> Register:
         rows = self.tables.workers.items()
-        return {worker_id: Member(row.seen, row.link) for worker_id, row in rows}
+        members = {worker_id: Member(row.seen, row.link) for worker_id, row in rows}
+        return Register(self.tables.head, members)
 
     def strike_off(self, silent: list[UUID], seen: int, marked: list[UUID]) -> None:
         workers = self.tables.workers
@@ -323,7 +333,7 @@ class SimStore:
         tables = self._database.tables
         return await self._read(lambda: FeedState(tables.head, self._database.now, 0))
 
-    async def read_register(self) -> dict[UUID, Member]:
+    async def read_register(self) -> Register:
         return await self._read(self._database.read_register)
 
     async def strike_off(

@@ -1,6 +1,6 @@
 """The store: keys and all that is kept about them, in SQLite or PostgreSQL."""
 
-from tfm_guard.store.feed import MARKED, FeedState, Member, Place
+from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import Account, PrefixTaken, Transaction
 
@@ -12,6 +12,7 @@ __all__ = [
     "Member",
     "Place",
     "PrefixTaken",
+    "Register",
     "Store",
     "Transaction",
 ]

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Update, and_, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Update, and_, case, delete, func, insert, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.records import Change
@@ -14,7 +14,9 @@ from tfm_guard.store import schema
 # What a struck-off process has "seen": less than anything.
 MARKED: Final = -1
 _HEAD: Final = select(schema.feed.c.head).scalar_subquery()
-_REGISTER: Final = select(schema.workers.c.id, schema.workers.c.seen, schema.workers.c.link)
+_REGISTER: Final = select(
+    schema.feed.c.head, schema.workers.c.id, schema.workers.c.seen, schema.workers.c.link
+).select_from(schema.feed.outerjoin(schema.workers, true()))
 
 
 class Place(NamedTuple):
@@ -34,6 +36,13 @@ class Member(NamedTuple):
 
     seen: int
     link: str | None
+
+
+class Register(NamedTuple):
+    """The processes in the register, at a moment when the feed had come to *head*."""
+
+    head: int
+    members: dict[UUID, Member]
 
 
 class FeedState(NamedTuple):
@@ -73,7 +82,7 @@ async def state_and_record(
     now = func.clock_timestamp(type_=schema.UtcDateTime()).label("now")
     # Where the head is lower, the database was set back, and what was seen is not what is there.
     statement = (
-        _record(worker_id, place)
+        record(worker_id, place)
         .where(place.seen <= _HEAD)
         .returning(_HEAD.label("head"), now, schema.workers.c.turn)
     )
@@ -81,12 +90,8 @@ async def state_and_record(
     return None if row is None else FeedState(*row)
 
 
-async def record(connection: AsyncConnection, worker_id: UUID, place: Place) -> None:
-    """Record the *place* of a process, if it is in the register."""
-    await connection.execute(_record(worker_id, place))
-
-
-def _record(worker_id: UUID, place: Place) -> Update:
+def record(worker_id: UUID, place: Place) -> Update:
+    """Return what records the *place* of a process, if it is in the register."""
     workers = schema.workers.c
     in_turn = workers.turn < place.turn
     return (
@@ -105,10 +110,11 @@ def _is_registered(worker_id: UUID) -> ColumnElement[bool]:
     return and_(workers.id == worker_id, workers.seen >= 0)
 
 
-async def read_register(connection: AsyncConnection) -> dict[UUID, Member]:
-    """Return the registered processes."""
-    rows = await connection.execute(_REGISTER)
-    return {row.id: Member(row.seen, row.link) for row in rows}
+async def read_register(connection: AsyncConnection) -> Register:
+    """Return the registered processes, and the head of the feed in the same moment."""
+    rows = (await connection.execute(_REGISTER)).all()
+    members = {row.id: Member(row.seen, row.link) for row in rows if row.id is not None}
+    return Register(rows[0].head, members)
 
 
 async def strike_off(

@@ -12,7 +12,7 @@ from tfm_guard.clock import Clock
 from tfm_guard.records import ApiKey, Change, StoredKey
 from tfm_guard.store import feed, schema, upgrade
 from tfm_guard.store.database import Database
-from tfm_guard.store.feed import FeedState, Member, Place
+from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.transaction import Transaction, is_active
 
@@ -146,17 +146,24 @@ class Store:
 
     async def record_place(self, worker_id: UUID, place: Place) -> None:
         """Record the *place* of the process."""
-        await self._database.write(lambda connection: feed.record(connection, worker_id, place))
+        # Not in a transaction: one that stops in the middle of it would keep its row locked, and so
+        # hold up whoever strikes it off.
+        await self._database.write_one(feed.record(worker_id, place))
 
-    async def read_register(self) -> dict[UUID, Member]:
-        """Return the registered processes."""
+    async def read_register(self) -> Register:
+        """Return the registered processes, and how far the feed had come."""
         return await self._database.read(feed.read_register)
 
     async def strike_off(
         self, silent: Iterable[UUID], seen: int, *, marked: Iterable[UUID]
     ) -> None:
         """Mark those of *silent* that have still not seen *seen*; remove the *marked* ones."""
-        await self._database.write(lambda c: feed.strike_off(c, silent, seen, marked))
+
+        async def run(connection: AsyncConnection) -> None:
+            await self._begin(connection)
+            await feed.strike_off(connection, silent, seen, marked)
+
+        await self._database.write(run)
 
     async def changes_between(self, seen: int, head: int) -> list[Change]:
         """Return the changes after *seen* up to *head*, in their order."""
