@@ -63,13 +63,12 @@ class Confirmation:
         self._running: dict[tuple[str, int], asyncio.Task[Revocation]] = {}
         self._next_reading: asyncio.Task[Register | None] | None = None
         self._reading: asyncio.Task[Register | None] | None = None
-        self._striking: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def close(self) -> None:
         """Leave off waiting; what is committed stays so."""
         self._closed = True
-        waits = (*self._running.values(), *self._striking, self._reading, self._next_reading)
+        waits = (*self._running.values(), self._reading, self._next_reading)
         pending = [task for task in waits if task is not None]
         for task in pending:
             task.cancel()
@@ -134,10 +133,7 @@ class Confirmation:
                 break
             step = min(2 * step, _LONGEST_PAUSE_SECONDS)
         if watch.silent:
-            # Nobody waits for that: rows may be locked by the very processes that are meant.
-            striking = asyncio.get_running_loop().create_task(self._strike_off(watch))
-            self._striking.add(striking)
-            striking.add_done_callback(self._striking.discard)
+            await self._strike_off(watch)
         return Revocation(
             how="acknowledged" if end == -math.inf else "lease",
             workers=len(register.members if register else ()),

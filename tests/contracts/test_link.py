@@ -506,6 +506,7 @@ async def test_what_redis_does_not_permit_is_not_there(
                 assert not process.freshness.linked
         finally:
             client.execute_command("ACL", "SETUSER", "default", f"+{command}")
+    process.clock.advance(0.3)  # the longest that is waited after a failure to publish
     await process.connects_again()
     await process.link.tell([CHANGE])
 
