@@ -17,6 +17,7 @@ from tests.support.guards import (
     cut_off,
     freshness_of,
     is_revoked,
+    linked_guard,
     local_of,
     new_guard,
     prepare,
@@ -50,7 +51,7 @@ async def open_guard(database_url: str, redis_server: RedisServer) -> AsyncItera
     async with AsyncExitStack() as guards:
 
         async def open_one(**options: Any) -> Guard:
-            guard = new_guard(database_url, redis_server.url, **options)
+            guard = linked_guard(database_url, redis_server.url, **options)
             return await guards.enter_async_context(guard)
 
         yield open_one
@@ -258,7 +259,7 @@ async def test_what_is_not_fresh_asks_the_database(
     """Past its lease a process believes neither memory nor Redis, and remembers nothing."""
     await prepare(database_url, lease=2)
     clock = ManualClock()
-    async with new_guard(database_url, redis_server.url, clock=clock) as guard:
+    async with linked_guard(database_url, redis_server.url, clock=clock) as guard:
         created = await create(guard)
         unknown = tagger_of(guard).mint(bytes(RANDOM_BYTES))
         await verify_and_fill(guard, created)
@@ -316,8 +317,8 @@ async def test_an_entry_from_redis_ends_with_its_age(
     await prepare(sqlite_url)
     clock = ManualClock()
     async with (
-        new_guard(sqlite_url, redis_server.url, clock=clock) as one,
-        new_guard(sqlite_url, redis_server.url, clock=clock) as another,
+        linked_guard(sqlite_url, redis_server.url, clock=clock) as one,
+        linked_guard(sqlite_url, redis_server.url, clock=clock) as another,
     ):
         created = await create(one)
         await verify_and_fill(one, created)
@@ -339,8 +340,8 @@ async def test_a_remembered_key_expires_at_its_moment(
     await prepare(sqlite_url)
     clock = ManualClock()
     async with (
-        new_guard(sqlite_url, redis_server.url, clock=clock) as one,
-        new_guard(sqlite_url, redis_server.url, clock=clock) as another,
+        linked_guard(sqlite_url, redis_server.url, clock=clock) as one,
+        linked_guard(sqlite_url, redis_server.url, clock=clock) as another,
     ):
         created = await create(one, expires_at=clock.now() + timedelta(seconds=60))
         await verify_and_fill(one, created)
@@ -363,8 +364,8 @@ async def test_an_entry_sealed_in_the_future_is_refused(
     early, late = ManualClock(), ManualClock()
     early.step_wall(ahead)
     async with (
-        new_guard(sqlite_url, redis_server.url, clock=early) as one,
-        new_guard(sqlite_url, redis_server.url, clock=late) as another,
+        linked_guard(sqlite_url, redis_server.url, clock=early) as one,
+        linked_guard(sqlite_url, redis_server.url, clock=late) as another,
     ):
         created = await create(one)
         await verify_and_fill(one, created)

@@ -10,6 +10,7 @@ from sqlalchemy import delete, update
 from tests.support.guards import (
     create,
     freshness_of,
+    linked_guard,
     new_guard,
     prepare,
     refusal,
@@ -260,7 +261,7 @@ async def test_a_read_from_before_a_change_is_not_shared(
     url: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was read before a revocation is written neither to memory nor to Redis."""
-    async with new_guard(url, redis_server.url) as guard:
+    async with linked_guard(url, redis_server.url) as guard:
         gate = Gate(guard, monkeypatch)
         created = await create(guard)
         gate.shut()

@@ -1,7 +1,8 @@
 """Guards whose moments are the test's: they read the feed when told to, and never by themselves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -109,6 +110,23 @@ def freshness_of(guard: Guard) -> Freshness:
     """Return an open guard's place in the feed."""
     freshness: Freshness = verifier_of(guard)._freshness  # noqa: SLF001
     return freshness
+
+
+@asynccontextmanager
+async def linked_guard(url: str, redis: str, **options: Any) -> AsyncIterator[Guard]:
+    """Open a guard as `new_guard` makes it, and wait until its link counts.
+
+    Only then does it do nothing by itself, if the intervals are long.
+    """
+    async with new_guard(url, redis, **options) as guard:
+        await until(lambda: _is_settled(freshness_of(guard)), what="the link")
+        yield guard
+
+
+def _is_settled(freshness: Any) -> bool:
+    told = (freshness._seen, freshness._link)  # noqa: SLF001  # nothing else leads inside
+    busy = freshness._recording or freshness._poll_soon.is_set()  # noqa: SLF001
+    return bool(freshness._link_counts and freshness._recorded == told and not busy)  # noqa: SLF001
 
 
 async def cut_off(guard: Guard) -> None:
