@@ -511,7 +511,7 @@ ROWS = [
     ),
     Row(
         number=20,
-        name="tombstones evicted, an old entry written back",
+        name="the entry of a revoked key evicted, an old one written back",
         promise="it is not believed",
         trial=_evicted,
         off="no_floors",

@@ -12,7 +12,7 @@ from tests.support.background import Background
 from tests.support.servers import ROOT
 
 # Of each kind some, and those that count requests and not milliseconds.
-TELLING = {2, 3, 11, 25, 35, 41, 44, 57, 60, 63}
+TELLING = {2, 3, 11, 25, 26, 35, 41, 57, 60, 63}
 
 
 @pytest.fixture(scope="module")
