@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlsplit
@@ -75,15 +76,15 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
         take_signals(undo)
         kept = "kept" if folder else "removed at the end"
         if folder is None:
-            folder = Path(enter(undo, tempfile.TemporaryDirectory(prefix="tfm-guard-demo-")))
+            folder = Path(enter(undo, _temporary_folder))
         _make_folder(folder)
-        listeners = [enter(undo, _listen(number)) for number in (port, 0)]
+        listeners = [enter(undo, partial(_listen, number)) for number in (port, 0)]
         with _in_our_words(folder):
             _set_variables(folder, redis)
             managing_token = _managing_token()
             examples = [_load_example(), _load_example()]
         pairs = zip(examples, listeners, strict=True)
-        servers = [enter(undo, _serve(*pair)) for pair in pairs]
+        servers = [enter(undo, partial(_serve, *pair)) for pair in pairs]
         addresses = [f"http://127.0.0.1:{where.getsockname()[1]}" for where in listeners]
         click.echo(
             f"Serving the example at {addresses[0]} and, a second server, at {addresses[1]},\n"
@@ -101,6 +102,10 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
                 _say_what_next(addresses[0], managing_token)
                 for server in servers:
                     server.join()
+
+
+def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="tfm-guard-demo-")
 
 
 def _make_folder(folder: Path) -> None:

@@ -104,7 +104,7 @@ def prove(
     click.echo(f"Asking GET {path} over {connections} connections to each address …", err=True)
     with ExitStack() as undo:
         take_signals(undo)
-        key = enter(undo, probe_key(access, seconds))
+        key = enter(undo, lambda: probe_key(access, seconds))
         crowd = Crowd(access, key, each=connections)
         with crowd.asking():
             deletion = crowd.delete()

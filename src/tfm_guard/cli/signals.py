@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in commands that must not leave anything behind."""
 
 import signal
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final, TypeVar
 
@@ -19,10 +20,10 @@ def take_signals(undo: ExitStack) -> None:
         signal.signal(number, signal.default_int_handler)
 
 
-def enter(undo: ExitStack, context: AbstractContextManager[T]) -> T:
-    """Enter *context*, to be left at the end: signals wait, or one could come between the two."""
+def enter(undo: ExitStack, make: Callable[[], AbstractContextManager[T]]) -> T:
+    """Enter what *make* makes, to be left at the end. Signals wait, or one could come between."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
-        return undo.enter_context(context)
+        return undo.enter_context(make())
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
