@@ -18,7 +18,7 @@ from starlette.types import Message, Scope
 
 from tests.http.guarded_app import Observed, make_app
 from tests.http.support import Answer, bearer, call, http_scope, make_guard, seed
-from tests.support.guards import freshness_of, prepare
+from tests.support.guards import cut_off, freshness_of, prepare
 from tests.support.uvicorn_process import HttpParser, UvicornProcess
 from tfm_guard import APIKeyMiddleware
 from tfm_guard.bearer import read_token
@@ -433,6 +433,7 @@ async def direct(seeded: Seeded) -> AsyncIterator[Direct]:
     observed = Observed()
     async with make_guard(seeded.url) as guard:
         app = make_app(guard, observed)
+        await cut_off(guard)
         freshness_of(guard).fresh_until = -math.inf
         observed.queries = 0
         yield Direct(app, observed, seeded.tokens)

@@ -12,6 +12,7 @@ from sqlalchemy import MetaData, select
 from tests.http.guarded_app import Observed, make_app
 from tests.http.support import Answer, bearer, call, database_gone, http_scope, make_guard
 from tests.support.guards import (
+    cut_off,
     freshness_of,
     local_of,
     prepare,
@@ -171,6 +172,7 @@ async def test_a_token_is_nowhere(
         await ask_all_places(canary, app, guard, redis_server)
 
         # From now on the database is asked. Then argon2 decides; then the scope is missing.
+        await cut_off(guard)
         freshness_of(guard).fresh_until = -math.inf
         execute(database_url, "UPDATE tfm_keys SET digest = NULL, digest_key_id = NULL")
         assert await ask(canary, app) == [200, *REFUSED]
