@@ -76,14 +76,16 @@ class Confirmation:
             await asyncio.wait(pending)
 
     async def wait(
-        self, changes: Sequence[Change], *, confirmed: Callable[[], Awaitable[None]]
+        self, changes: Sequence[Change], *, confirmed: Callable[[], Awaitable[None]] | None = None
     ) -> Revocation:
         """Return when no process acts on anything older than *changes*, which are committed.
 
-        *confirmed* is called before, to record it. Those who wait for the same states of the same
+        *confirmed*, if any, is called before, to record it. Those who wait for the same states of the same
         keys wait together. Raises `NotConfirmed` after `CONFIRM_SECONDS`: then the work goes on,
         and can be joined again.
         """
+        if not changes:
+            return Revocation(how="acknowledged", workers=0, seconds=0.0)
         for change in changes:
             # It may have been committed by another process, or have been cancelled just then.
             self._freshness.apply(change)
@@ -104,7 +106,7 @@ class Confirmation:
         return task.result()
 
     async def _confirm(
-        self, changes: Sequence[Change], confirmed: Callable[[], Awaitable[None]]
+        self, changes: Sequence[Change], confirmed: Callable[[], Awaitable[None]] | None
     ) -> Revocation:
         with contextlib.ExitStack() as stack:
             telling, acknowledged = None, Acknowledgements()
@@ -114,8 +116,9 @@ class Confirmation:
                 stack.callback(telling.stop)
             watch = Watch(changes[-1].id, telling, self._clock, self._lease, self._unfed)
             revocation = await self._watch(watch, acknowledged)
-        with contextlib.suppress(Unavailable):  # then asking again confirms it again
-            await confirmed()
+        if confirmed is not None:
+            with contextlib.suppress(Unavailable):  # then asking again confirms it again
+                await confirmed()
         return revocation
 
     async def _watch(self, watch: "Watch", acknowledged: Acknowledgements) -> Revocation:

@@ -111,12 +111,12 @@ class Guard:
 
     @property
     def keys(self) -> KeyManager:
-        """Creates, lists and revokes keys. The guard must be open."""
+        """Creates, lists, changes, rotates and revokes keys. The guard must be open."""
         return self._opened_parts().keys
 
     @property
     def accounts(self) -> AccountManager:
-        """Puts accounts on plans. The guard must be open."""
+        """Puts accounts on plans, suspends, resumes and erases them. The guard must be open."""
         return self._opened_parts().accounts
 
     async def verify(self, token: str | bytes) -> VerifiedKey:
@@ -355,7 +355,9 @@ class Guard:
             )
             live = LiveConnections(freshness=freshness, holds=self.holds, clock=clock)
             ending.push_async_callback(live.close)
-            accounts = AccountManager(store=store, plans=settings.plans)
+            accounts = AccountManager(
+                store=store, confirmation=confirmation, plans=settings.plans
+            )
             return _Parts(verifier, live, keys, accounts, ending.pop_all())
 
     def _new_store(self) -> Store:
