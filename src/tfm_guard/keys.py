@@ -18,7 +18,7 @@ from tfm_guard.errors import (
     Unavailable,
 )
 from tfm_guard.hashing import Hashing
-from tfm_guard.records import ApiKey, Change, CreatedKey, Revocation, VerifiedKey
+from tfm_guard.records import Actor, ApiKey, Change, CreatedKey, Revocation, VerifiedKey
 from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
 from tfm_guard.store import Account, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
@@ -63,7 +63,7 @@ class KeyManager:
         name: str,
         scopes: Iterable[str] = DEFAULT_SCOPES,
         expires_at: datetime | None = None,
-        actor: str = "application",
+        actor: str | Actor = "application",
         caller: VerifiedKey | None = None,
     ) -> CreatedKey:
         """Create a key for *account_id* and return it with its token, which is shown this once.
@@ -79,7 +79,7 @@ class KeyManager:
         """
         check_account_id(account_id)
         if caller is not None:
-            actor = actor_of(caller)
+            actor = Actor.of(actor)._replace(name=actor_of(caller))
         name = plain_text(name, field="name", most=MAXIMUM_NAME_LENGTH)
         granted = self._scopes.grant(scopes)
         if caller is not None:
@@ -114,14 +114,14 @@ class KeyManager:
                     secret_hash=secret_hash,
                     digest=self._digest_key.digest(token),
                     digest_key_id=self._digest_key.id,
-                    created_by=actor,
+                    created_by=Actor.of(actor).name,
                 )
                 await transaction.audit(
                     account_id=account_id,
                     actor=actor,
                     action="api_key.created",
-                    key_id=key.id,
-                    key_name=name,
+                    target_id=key.id,
+                    target_name=name,
                     meta={"key_prefix": key.key_prefix, "permissions": sorted(granted)},
                 )
                 return key
@@ -136,7 +136,7 @@ class KeyManager:
         return await self._store.list_keys(account_id)
 
     async def revoke(
-        self, account_id: str, key_id: UUID, *, actor: str = "application"
+        self, account_id: str, key_id: UUID, *, actor: str | Actor = "application"
     ) -> Revocation:
         """Revoke the key *key_id* of *account_id* for good; return when it is refused everywhere.
 
@@ -160,8 +160,8 @@ class KeyManager:
                 account_id=account_id,
                 actor=actor,
                 action="api_key.revoked",
-                key_id=key_id,
-                key_name=row.name,
+                target_id=key_id,
+                target_name=row.name,
                 meta={"key_prefix": row.prefix},
             )
             return None

@@ -11,6 +11,22 @@ from starlette.authentication import AuthCredentials
 # What happened to a key, as the feed of changes names it.
 ChangeKind = Literal["created", "revoked"]
 
+# What a row of the audit log can be about, and the one category that rows are in.
+TargetType = Literal["API key", "account"]
+SECURITY: Final = "Security"
+
+
+class Actor(NamedTuple):
+    """Who acts, as the audit log names it, and the id of the request in which that is, if any."""
+
+    name: str
+    request_id: str | None = None
+
+    @classmethod
+    def of(cls, actor: "str | Actor") -> "Actor":
+        """Return *actor*, or what it is the name of."""
+        return cls(actor) if isinstance(actor, str) else actor
+
 
 class ApiKey(Struct, frozen=True, kw_only=True):
     """A managed key as its account sees it; the token itself is nowhere in it."""

@@ -465,6 +465,38 @@ async def test_the_audit_log_names_who_did_it(api: Api) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ([], None),
+        ([b"f0-9_/ {}~"], "f0-9_/ {}~"),
+        ([b"x" * 128], "x" * 128),
+        ([b"x" * 129], None),
+        ([b""], None),
+        ([b"a\tb"], None),
+        ([b"caf\xc3\xa9"], None),
+        ([b"a\x7f"], None),
+        ([b"one", b"two"], None),
+    ],
+)
+async def test_the_audit_log_keeps_the_id_of_the_request(
+    api: Api, sent: list[bytes], kept: str | None
+) -> None:
+    """One X-Request-ID of 1 to 128 printable ASCII characters is logged, anything else ignored."""
+    headers = [(b"x-request-id", each) for each in sent]
+    scope = http_scope("POST", KEYS, [*bearer(api.tokens["manager"]), *headers])
+    created = (await call(api.guard.management_app(), scope, b'{"name":"CI"}')).json
+    scope = http_scope(
+        "DELETE", f"{KEYS}{created['id']}", [*bearer(api.tokens["writer"]), *headers]
+    )
+    assert (await call(api.guard.management_app(), scope, b"")).status == 204
+    audit = schema.audit.c
+    rows = execute(
+        api.url, select(audit.request_id).where(audit.target_id == created["id"]).order_by(audit.id)
+    )
+    assert [row.request_id for row in rows] == [kept, kept]
+
+
 async def test_a_client_over_http(api: Api) -> None:
     """An ordinary client creates, lists and deletes a key, wherever the API is mounted."""
     transport = httpx2.ASGITransport(api.guard.management_app())

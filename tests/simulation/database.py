@@ -149,8 +149,8 @@ class SimTransaction:
     async def head(self) -> int:
         return self._tables.head
 
-    async def audit(self, *, action: str, key_id: UUID, **_: Any) -> None:
-        self._effects.append(lambda: self._tables.audit.append((action, key_id)))
+    async def audit(self, *, action: str, target_id: UUID, **_: Any) -> None:
+        self._effects.append(lambda: self._tables.audit.append((action, target_id)))
 
     def commit(self) -> None:
         """Have all effects take place, and number the changes in the same moment."""

@@ -38,8 +38,8 @@ async def insert_key(
         account_id=account_id,
         actor="a test",
         action="api_key.created",
-        key_id=key.id,
-        key_name=key.name,
+        target_id=key.id,
+        target_name=key.name,
         meta={"key_prefix": prefix},
     )
     return key

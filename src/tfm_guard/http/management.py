@@ -1,5 +1,6 @@
 """The management API: `/v1/api-keys/`, as programs create, list and delete keys."""
 
+import re
 from datetime import datetime
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -19,12 +20,15 @@ from tfm_guard.http.middleware import APIKeyMiddleware
 from tfm_guard.http.refusals import RefusalResponse
 from tfm_guard.http.requires import requires
 from tfm_guard.keys import actor_of
-from tfm_guard.records import ApiKey, VerifiedKey
+from tfm_guard.records import Actor, ApiKey, VerifiedKey
 from tfm_guard.scopes import DEFAULT_SCOPES
 
 T = TypeVar("T", bound=Struct)
 
 MAXIMUM_BODY_BYTES: Final = 65_536
+
+# Of X-Request-ID, what the audit log takes: printable ASCII.
+_REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
 
 # How msgspec's messages about a field as such begin, and FastAPI's type and message for the same.
 _FIELD_FAULTS: Final = (
@@ -136,6 +140,7 @@ class ManagementApp:
                 name=wanted.name,
                 scopes=wanted.permissions,
                 expires_at=wanted.expires_at,
+                actor=_actor(request),
                 caller=caller,
             )
         except InvalidInput as error:
@@ -163,7 +168,7 @@ class ManagementApp:
             raise InvalidInput(
                 ("path", "key_id"), "uuid_parsing", "Expected the id of a key, which is a UUID"
             ) from None
-        await self._guard.keys.revoke(caller.account_id, key_id, actor=actor_of(caller))
+        await self._guard.keys.revoke(caller.account_id, key_id, actor=_actor(request))
         return Response(status_code=204, headers={"cache-control": "no-store"})
 
     async def _refuse(self, _request: Request, error: Exception) -> Response:
@@ -183,6 +188,14 @@ class ManagementApp:
 def _caller(request: Request) -> VerifiedKey:
     key: VerifiedKey = request.scope["user"]
     return key
+
+
+def _actor(request: Request) -> Actor:
+    """Return who sent *request*, with the id that it came with, if that can be logged as it is."""
+    match request.headers.getlist("x-request-id"):
+        case [request_id] if _REQUEST_ID.fullmatch(request_id):
+            return Actor(actor_of(_caller(request)), request_id)
+    return Actor(actor_of(_caller(request)))
 
 
 def _row(key: ApiKey) -> KeyRow:

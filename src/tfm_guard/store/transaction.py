@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.errors import GuardError
-from tfm_guard.records import ApiKey, Change, ChangeKind
+from tfm_guard.records import SECURITY, Actor, ApiKey, Change, ChangeKind, TargetType
 from tfm_guard.store import feed, schema
 
 _CHANGE_COLUMNS: Final = ("kind", "prefix", "version", "created_at")
@@ -36,7 +36,8 @@ class Transaction:
     def __init__(self, connection: AsyncConnection, now: datetime) -> None:
         self._connection = connection
         self._pending: list[tuple[ChangeKind, str, int]] = []
-        self._writes: dict[Insert | Update, dict[str, Any]] = {}
+        self._writes: dict[Update, dict[str, Any]] = {}
+        self._audited: list[dict[str, Any]] = []
         self._is_postgresql = connection.dialect.name == "postgresql"
         self.changes: list[Change] = []
         self.now = now
@@ -136,25 +137,32 @@ class Transaction:
         self,
         *,
         account_id: str,
-        actor: str,
+        actor: str | Actor,
         action: str,
-        key_id: UUID,
-        key_name: str,
+        target_type: TargetType = "API key",
+        target_id: UUID | str,
+        target_name: str,
         meta: Mapping[str, Any],
     ) -> None:
-        """Append a row about a key to the audit log, at the end of the transaction."""
+        """Append a row about a key or an account to the audit log, at the end of the transaction.
+
+        There the head of the feed is locked, so the order of the rows' ids is that of the commits
+        too: who reads up to an id misses none.
+        """
+        who = Actor.of(actor)
         row = {
             "account_id": account_id,
-            "actor": actor,
+            "actor": who.name,
             "action": action,
-            "target_type": "API key",
-            "target_name": key_name,
-            "target_id": str(key_id),
-            "category": "Security",
+            "target_type": target_type,
+            "target_name": target_name,
+            "target_id": str(target_id),
+            "category": SECURITY,
             "meta": msgspec.json.encode(meta).decode(),
+            "request_id": who.request_id,
             "created_at": self.now,
         }
-        await self._put_off(_AUDIT, {f"audit_{name}": value for name, value in row.items()})
+        self._audited.append({f"audit_{name}": value for name, value in row.items()})
 
     async def append_changes(self) -> None:
         """Write what was put off, number the changes and append them to the feed, last of all.
@@ -172,17 +180,24 @@ class Transaction:
                 head = (await self._connection.execute(_NEXT_HEAD)).scalar_one()
                 await self._connection.execute(insert(schema.changes).values(id=head, **row))
             self.changes.append(Change(head, kind, prefix, version))
+        if self._audited:
+            if self._is_postgresql and not self._pending:
+                await self._connection.execute(_LOCK_HEAD)
+            await self._connection.execute(_AUDIT, self._audited)
 
     async def _append_with_writes(self, row: Mapping[str, Any]) -> int:
         values = {f"change_{name}": value for name, value in row.items()}
         for more in self._writes.values():
             values.update(more)
-        append = _append_with(*self._writes)
+        audited = self._audited[:1]
+        values.update(*audited)
+        append = _append_with(*self._writes, audited=bool(audited))
         self._writes = {}
+        del self._audited[:1]
         head: int = (await self._connection.execute(append, values)).scalar_one()
         return head
 
-    async def _put_off(self, statement: Insert | Update, values: dict[str, Any]) -> None:
+    async def _put_off(self, statement: Update, values: dict[str, Any]) -> None:
         """Have *statement* executed before COMMIT, together with appending to the feed."""
         if statement in self._writes:
             await self._write()
@@ -215,8 +230,11 @@ _REVOKE: Final = (
     .where(schema.keys.c.id == bindparam("revoked_id"))
     .values(revoked_at=bindparam("revoked_now"), version=bindparam("revoked_version"))
 )
-_AUDITED: Final = [c.name for c in schema.audit.c if c.name not in {"id", "request_id"}]
-_AUDIT: Final = insert(schema.audit).values(_parameters(schema.audit, _AUDITED, "audit"))
+_AUDITED: Final = _parameters(
+    schema.audit, [c.name for c in schema.audit.c if c.name != "id"], "audit"
+)
+_AUDIT: Final = insert(schema.audit).values(_AUDITED)
+_LOCK_HEAD: Final = select(schema.feed.c.head).with_for_update()
 _NEXT_HEAD: Final = (
     update(schema.feed).values(head=schema.feed.c.head + 1).returning(schema.feed.c.head)
 )
@@ -229,12 +247,18 @@ _APPEND: Final = (
     )
     .returning(schema.changes.c.id)
 )
+# PostgreSQL executes the parts of a statement in no certain order. Selected from the head's new
+# row, this one gets its id once that row is locked.
+_AUDIT_WITH_NEXT: Final = insert(schema.audit).from_select(
+    [*_AUDITED], select(*_AUDITED.values()).select_from(_next)
+)
 
 
 @cache
-def _append_with(*writes: Insert | Update) -> Insert:
+def _append_with(*writes: Update, audited: bool) -> Insert:
     # All in one statement, which SQLite cannot: every round trip prolongs the time to revoke.
-    return _APPEND.add_cte(*(write.cte(f"write_{n}") for n, write in enumerate(writes)))
+    parts = [*writes, _AUDIT_WITH_NEXT] if audited else writes
+    return _APPEND.add_cte(*(part.cte(f"write_{n}") for n, part in enumerate(parts)))
 
 
 def is_active(now: Any) -> tuple[Any, ...]:
