@@ -80,9 +80,9 @@ class Confirmation:
     ) -> Revocation:
         """Return when no process acts on anything older than *changes*, which are committed.
 
-        *confirmed*, if any, is called before, to record it. Those who wait for the same states of the same
-        keys wait together. Raises `NotConfirmed` after `CONFIRM_SECONDS`: then the work goes on,
-        and can be joined again.
+        *confirmed*, if any, is called before, to record it. Those who wait for the same states of
+        the same keys wait together. Raises `NotConfirmed` after `CONFIRM_SECONDS`: then the work
+        goes on, and can be joined again.
         """
         if not changes:
             return Revocation(how="acknowledged", workers=0, seconds=0.0)

@@ -5,7 +5,7 @@ acts on what the key was before.
 """
 
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
@@ -120,7 +120,14 @@ class KeyManager:
                 held = await transaction.active_scopes(account_id, caller.key_id)
                 _check_grant(granted, held)
             await self._check_limit(transaction, account)
-            key = self._new_key(minted, account_id, name, granted, transaction.now, expires_at)
+            key = self._new_key(
+                minted,
+                account_id=account_id,
+                name=name,
+                scopes=granted,
+                created_at=transaction.now,
+                expires_at=expires_at,
+            )
             await self._insert(transaction, minted, key, actor)
             return key
 
@@ -204,15 +211,21 @@ class KeyManager:
 
         async def rotate(transaction: Transaction, minted: _Minted) -> ApiKey:
             row = await self._lock_active(transaction, account_id, key_id)
-            scopes = row.scopes
             if caller is not None:
-                _check_grant(scopes, await transaction.active_scopes(account_id, caller.key_id))
+                held = await transaction.active_scopes(account_id, caller.key_id)
+                _check_grant(row.scopes, held)
             await _check_not_replaced(transaction, row)
             end = transaction.now + grace
             if row.expires_at is not None:
                 end = min(end, row.expires_at)
-            expires_at = _same_lifetime(row, transaction.now)
-            key = self._new_key(minted, account_id, row.name, scopes, transaction.now, expires_at)
+            key = self._new_key(
+                minted,
+                account_id=account_id,
+                name=row.name,
+                scopes=row.scopes,
+                created_at=transaction.now,
+                expires_at=_same_lifetime(row, transaction.now),
+            )
             await self._insert(transaction, minted, key, actor, replaces=row)
             await transaction.change_key(
                 "replaced", row, replaced_by=key.id, replaced_at=transaction.now, expires_at=end
@@ -261,7 +274,7 @@ class KeyManager:
 
     async def _mint(
         self, work: Callable[[Transaction, _Minted], Awaitable[T]]
-    ) -> tuple[_Minted, T, "list[Change]"]:
+    ) -> tuple[_Minted, T, Sequence[Change]]:
         """Run *work* in a transaction with a token; again, with another, if its prefix is taken."""
         for _ in range(_MINTING_ATTEMPTS):
             token = self._tagger.mint(self._random(RANDOM_BYTES))
@@ -275,25 +288,13 @@ class KeyManager:
                 return minted, result, changes
         raise Unavailable(f"{_MINTING_ATTEMPTS} minted prefixes in a row were taken")
 
-    def _new_key(
-        self,
-        minted: _Minted,
-        account_id: str,
-        name: str,
-        scopes: frozenset[str],
-        now: datetime,
-        expires_at: datetime | None,
-    ) -> ApiKey:
+    def _new_key(self, minted: _Minted, **values: Any) -> ApiKey:
         return ApiKey(
             id=UUID(bytes=self._random(16), version=4),
             key_prefix=prefix_of(minted.token),
-            account_id=account_id,
-            name=name,
-            scopes=scopes,
-            created_at=now,
             last_used_at=None,
-            expires_at=expires_at,
             replaced_by=None,
+            **values,
         )
 
     async def _insert(
@@ -415,7 +416,7 @@ def _check_grant(granted: frozenset[str], held: frozenset[str] | None) -> None:
         raise InsufficientScope(missing)
 
 
-def _check_narrowing(kept: "list[str]", held: frozenset[str]) -> None:
+def _check_narrowing(kept: Sequence[str], held: frozenset[str]) -> None:
     for position, scope in enumerate(kept):
         if scope not in held:
             raise InvalidInput(
@@ -453,7 +454,7 @@ def _name(text: str) -> str:
     return plain_text(text, field="name", most=MAXIMUM_NAME_LENGTH)
 
 
-def _listed(scopes: Iterable[str]) -> "list[str]":
+def _listed(scopes: Iterable[str]) -> Sequence[str]:
     if isinstance(scopes, str):
         raise InvalidInput(("scopes",), "list_type", "Scopes are a list of strings.")
     return [*scopes]

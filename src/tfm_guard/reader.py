@@ -242,9 +242,9 @@ class KeyReader:
         """
         entry, remembered = known.entry, self._local.entries.get(prefix.encode())
         changed = remembered is not None and remembered.key != known.key
-        if (
-            entry.revoked or known.suspended or changed
-        ) and entry.version > self._freshness.floor(prefix):
+        if (entry.revoked or known.suspended or changed) and entry.version > self._freshness.floor(
+            prefix
+        ):
             kind: ChangeKind = "revoked" if entry.revoked else "narrowed"
             self._freshness.apply(Change(_UNNUMBERED, kind, prefix, entry.version))
 
@@ -273,7 +273,7 @@ class KeyReader:
             name=entry.name,
             expires_at=entry.expires_at,
             replaced_at=entry.replaced_at,
-            credentials=_credentials(entry.scopes, self._realm),
+            credentials=_credentials(entry.scopes, self._realm, entry.replaced_at is not None),
         )
 
 
@@ -281,8 +281,8 @@ _SHARED_OBJECTS: Final = 4096
 
 
 @lru_cache(_SHARED_OBJECTS)
-def _credentials(scopes: tuple[str, ...], realm: str) -> KeyCredentials:
-    return KeyCredentials(frozenset(scopes), realm)
+def _credentials(scopes: tuple[str, ...], realm: str, replaced: bool) -> KeyCredentials:  # noqa: FBT001  # by position, for the cache
+    return KeyCredentials(frozenset(scopes), realm, replaced=replaced)
 
 
 @lru_cache(_SHARED_OBJECTS)

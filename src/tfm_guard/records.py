@@ -13,6 +13,22 @@ ChangeKind = Literal[
     "created", "renamed", "narrowed", "replaced", "suspended", "resumed", "revoked"
 ]
 
+# What a row of the audit log can be about, and the one category that rows are in.
+TargetType = Literal["API key", "account"]
+SECURITY: Final = "Security"
+
+
+class Actor(NamedTuple):
+    """Who acts, as the audit log names it, and the id of the request in which that is, if any."""
+
+    name: str
+    request_id: str | None = None
+
+    @classmethod
+    def of(cls, actor: "str | Actor") -> "Actor":
+        """Return *actor*, or what it is the name of."""
+        return cls(actor) if isinstance(actor, str) else actor
+
 
 class ApiKey(Struct, frozen=True, kw_only=True):
     """A managed key as its account sees it; the token itself is nowhere in it."""
@@ -91,14 +107,20 @@ class Revocation(Struct, frozen=True, kw_only=True):
 
 
 class KeyCredentials(AuthCredentials):
-    """What a verified key may do: its *scopes*, a sorted tuple, within *realm*. Immutable."""
+    """What a verified key may do: its *scopes*, a sorted tuple, within *realm*. Immutable.
+
+    *replaced* if the key works only for the grace after it was rotated.
+    """
 
     scopes: tuple[str, ...]  # type: ignore[assignment]  # starlette has a list, which could change
     granted: frozenset[str]
     realm: str
+    replaced: bool
 
-    def __init__(self, scopes: frozenset[str], realm: str) -> None:
-        self.__dict__.update(scopes=tuple(sorted(scopes)), granted=scopes, realm=realm)
+    def __init__(self, scopes: frozenset[str], realm: str, *, replaced: bool = False) -> None:
+        self.__dict__.update(
+            scopes=tuple(sorted(scopes)), granted=scopes, realm=realm, replaced=replaced
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"credentials are shared between requests and cannot change {name!r}")
@@ -110,7 +132,7 @@ class KeyCredentials(AuthCredentials):
         return isinstance(other, KeyCredentials) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash((self.scopes, self.realm))
+        return hash((self.scopes, self.realm, self.replaced))
 
     def __repr__(self) -> str:
         return f"KeyCredentials({' '.join(self.scopes)!r}, realm={self.realm!r})"
@@ -136,8 +158,6 @@ class VerifiedKey(Struct, frozen=True, gc=False):
     record: bytes
     # The grants as Starlette wants them, in `scope["auth"]`: one object for all keys with the same.
     credentials: KeyCredentials
-    # Whether another key takes its place, and it works only for the grace.
-    is_replaced: bool
 
     @classmethod
     def pack(
@@ -162,7 +182,7 @@ class VerifiedKey(Struct, frozen=True, gc=False):
             _microseconds(replaced_at),
             len(account),
         )
-        return cls(head + account + name.encode(), credentials, replaced_at is not None)
+        return cls(head + account + name.encode(), credentials)
 
     @property
     def key_id(self) -> UUID:

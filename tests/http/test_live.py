@@ -650,6 +650,7 @@ async def test_closing_the_guard_closes_them(sqlite_url: str) -> None:
         account_id="acme",
         name="CI",
         expires_at=None,
+        replaced_at=None,
         credentials=None,  # type: ignore[arg-type]  # not looked at
     )
     with pytest.raises(Unavailable):

@@ -88,12 +88,10 @@ class Store:
 
     async def list_keys(self, account_id: str) -> list[ApiKey]:
         """Return the account's active keys, newest first."""
-
         keys = schema.keys.c
-        wanted = (
-            _ACTIVE_KEYS.where(keys.account_id == account_id, *is_active(self._now()))
-            .order_by(keys.created_at.desc(), keys.id.desc())
-        )
+        wanted = _ACTIVE_KEYS.where(
+            keys.account_id == account_id, *is_active(self._now())
+        ).order_by(keys.created_at.desc(), keys.id.desc())
         rows = await self._database.read(lambda connection: connection.execute(wanted))
         return [key_of(row, row.last_used_at) for row in rows]
 

@@ -21,6 +21,7 @@ from sqlalchemy import (
     insert,
     or_,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -28,7 +29,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.errors import GuardError
-from tfm_guard.records import ApiKey, Change, ChangeKind
+from tfm_guard.records import SECURITY, Actor, ApiKey, Change, ChangeKind, TargetType
 from tfm_guard.store import feed, schema
 
 # Whose the prefixes are that must stay taken. No account has this id: it is empty.
@@ -69,7 +70,8 @@ class Transaction:
     def __init__(self, connection: AsyncConnection, now: datetime) -> None:
         self._connection = connection
         self._pending: list[tuple[ChangeKind, str, int]] = []
-        self._writes: dict[Insert | Update, dict[str, Any]] = {}
+        self._writes: dict[Update, dict[str, Any]] = {}
+        self._audited: list[dict[str, Any]] = []
         self._is_postgresql = connection.dialect.name == "postgresql"
         self.changes: list[Change] = []
         self.now = now
@@ -271,25 +273,32 @@ class Transaction:
         self,
         *,
         account_id: str,
-        actor: str,
+        actor: str | Actor,
         action: str,
-        key_id: UUID,
-        key_name: str,
+        target_type: TargetType = "API key",
+        target_id: UUID | str,
+        target_name: str,
         meta: Mapping[str, Any],
     ) -> None:
-        """Append a row about a key to the audit log, at the end of the transaction."""
+        """Append a row about a key or an account to the audit log, at the end of the transaction.
+
+        There the head of the feed is locked, so the order of the rows' ids is that of the commits
+        too: who reads up to an id misses none.
+        """
+        who = Actor.of(actor)
         row = {
             "account_id": account_id,
-            "actor": actor,
+            "actor": who.name,
             "action": action,
-            "target_type": "API key",
-            "target_name": key_name,
-            "target_id": str(key_id),
-            "category": "Security",
+            "target_type": target_type,
+            "target_name": target_name,
+            "target_id": str(target_id),
+            "category": SECURITY,
             "meta": msgspec.json.encode(meta).decode(),
+            "request_id": who.request_id,
             "created_at": self.now,
         }
-        await self._put_off(_AUDIT, {f"audit_{name}": value for name, value in row.items()})
+        self._audited.append({f"audit_{name}": value for name, value in row.items()})
 
     async def append_changes(self) -> None:
         """Write what was put off, number the changes and append them to the feed, last of all.
@@ -299,21 +308,27 @@ class Transaction:
         """
         if not self._is_postgresql or not self._pending:
             await self._write()
-        if not self._pending:
-            return
-        number = {"change_count": len(self._pending)}
-        if self._is_postgresql:
-            head = await self._append_with_writes(number)
-        else:
-            head = (await self._connection.execute(_NEXT_HEAD, number)).scalar_one()
-        first = head - len(self._pending) + 1
-        self.changes = [Change(first + n, *change) for n, change in enumerate(self._pending)]
-        if not self._is_postgresql:
-            rows = [change._asdict() | {"created_at": self.now} for change in self.changes]
-            await self._connection.execute(insert(schema.changes), rows)
+        if self._pending:
+            head = await self._append()
+            first = head - len(self._pending) + 1
+            self.changes = [Change(first + n, *change) for n, change in enumerate(self._pending)]
+            if not self._is_postgresql:
+                rows = [change._asdict() | {"created_at": self.now} for change in self.changes]
+                await self._connection.execute(insert(schema.changes), rows)
+        elif self._audited and self._is_postgresql:
+            await self._connection.execute(_LOCK_HEAD)
+        if self._audited:
+            await self._connection.execute(_AUDIT, self._audited)
 
-    async def _append_with_writes(self, number: Mapping[str, int]) -> int:
-        kinds, prefixes, versions = zip(*self._pending, strict=True)
+    async def _append(self) -> int:
+        """Add what is pending to the head's number, which is locked so; return it.
+
+        On PostgreSQL also append it to the feed, together with what was put off.
+        """
+        number = {"change_count": len(self._pending)}
+        if not self._is_postgresql:
+            return int((await self._connection.execute(_NEXT_HEAD, number)).scalar_one())
+        kinds, prefixes, versions = map(list, zip(*self._pending, strict=True))
         values: dict[str, Any] = {
             **number,
             "change_kinds": kinds,
@@ -323,12 +338,14 @@ class Transaction:
         }
         for more in self._writes.values():
             values.update(more)
-        append = _append_with(*self._writes)
+        audited = self._audited[:1]
+        values.update(*audited)
+        append = _append_with(*self._writes, audited=bool(audited))
         self._writes = {}
-        heads = (await self._connection.execute(append, values)).scalars()
-        return max(heads)
+        del self._audited[:1]
+        return int(max((await self._connection.execute(append, values)).scalars()))
 
-    async def _put_off(self, statement: Insert | Update, values: dict[str, Any]) -> None:
+    async def _put_off(self, statement: Update, values: dict[str, Any]) -> None:
         """Have *statement* executed before COMMIT, together with appending to the feed."""
         if statement in self._writes:
             await self._write()
@@ -356,18 +373,25 @@ _LOCK_KEY: Final = (
     # the state when the statement began.
     .with_for_update(of=[schema.accounts, schema.keys])
 )
-_AUDITED: Final = [c.name for c in schema.audit.c if c.name not in {"id", "request_id"}]
-_AUDIT: Final = insert(schema.audit).values(_parameters(schema.audit, _AUDITED, "audit"))
+_AUDITED: Final = _parameters(
+    schema.audit, [c.name for c in schema.audit.c if c.name != "id"], "audit"
+)
+_AUDIT: Final = insert(schema.audit).values(_AUDITED)
+_LOCK_HEAD: Final = select(schema.feed.c.head).with_for_update()
 _COUNT: Final = bindparam("change_count", type_=BigInteger)
 _NEXT_HEAD: Final = (
     update(schema.feed).values(head=schema.feed.c.head + _COUNT).returning(schema.feed.c.head)
 )
 _next: Final = _NEXT_HEAD.cte("next")
-_pending: Final = func.unnest(
-    bindparam("change_kinds", type_=postgresql.ARRAY(Text)),
-    bindparam("change_prefixes", type_=postgresql.ARRAY(Text)),
-    bindparam("change_versions", type_=postgresql.ARRAY(BigInteger)),
-).table_valued("kind", "prefix", "version", with_ordinality="position", name="pending")
+_pending: Final = (
+    func.unnest(
+        bindparam("change_kinds", type_=postgresql.ARRAY(Text)),
+        bindparam("change_prefixes", type_=postgresql.ARRAY(Text)),
+        bindparam("change_versions", type_=postgresql.ARRAY(BigInteger)),
+    )
+    .table_valued("kind", "prefix", "version", with_ordinality="position", name="pending")
+    .render_derived()
+)
 _APPEND: Final = (
     insert(schema.changes)
     .from_select(
@@ -378,9 +402,14 @@ _APPEND: Final = (
             _pending.c.prefix,
             _pending.c.version,
             bindparam("change_created_at", type_=schema.changes.c.created_at.type),
-        ),
+        ).select_from(_next.join(_pending, true())),
     )
     .returning(schema.changes.c.id)
+)
+# PostgreSQL executes the parts of a statement in no certain order. Selected from the head's new
+# row, this one gets its id once that row is locked.
+_AUDIT_WITH_NEXT: Final = insert(schema.audit).from_select(
+    [*_AUDITED], select(*_AUDITED.values()).select_from(_next)
 )
 
 
@@ -391,9 +420,10 @@ def _update_key(columns: tuple[str, ...]) -> Update:
 
 
 @cache
-def _append_with(*writes: Insert | Update) -> Insert:
+def _append_with(*writes: Update, audited: bool) -> Insert:
     # All in one statement, which SQLite cannot: every round trip prolongs the time to revoke.
-    return _APPEND.add_cte(*(write.cte(f"write_{n}") for n, write in enumerate(writes)))
+    parts = [*writes, _AUDIT_WITH_NEXT] if audited else writes
+    return _APPEND.add_cte(*(part.cte(f"write_{n}") for n, part in enumerate(parts)))
 
 
 def is_active(now: Any) -> tuple[Any, ...]:
