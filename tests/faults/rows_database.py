@@ -445,6 +445,7 @@ ROWS = [
         promise="503 within 1 s, never 401",
         trial=_killed_and_cold,
         off="unavailable_is_no",
+        shows="a key that is not known got",
     ),
     Row(
         number=33,
@@ -452,6 +453,7 @@ ROWS = [
         promise="503 within 1 s; every connection is given back afterwards",
         trial=_frozen,
         off="no_deadline",
+        shows="a key that is not known got",
     ),
     Row(
         number=34,
@@ -481,6 +483,7 @@ ROWS = [
         promise="none fails",
         trial=_many_at_once,
         off="no_busy_wait",
+        shows="of 20 answered",
         shape=_SQLITE,
     ),
     Row(
@@ -489,6 +492,7 @@ ROWS = [
         promise="tried again, unseen",
         trial=_deadlocked,
         off="no_retry",
+        shows="of 5 answered",
         shape=_NO_REDIS,
     ),
     Row(
@@ -505,6 +509,7 @@ ROWS = [
         promise="the key is revoked or it is not; no connection is lost",
         trial=_cancelled,
         off="commits_early",
+        shows="half revoked",
         shape=_NO_REDIS,
     ),
     Row(
@@ -513,6 +518,7 @@ ROWS = [
         promise="one succeeds",
         trial=_at_the_limit,
         off="no_account_lock",
+        shows="were created",
         shape=_NO_REDIS,
     ),
     Row(
@@ -521,6 +527,7 @@ ROWS = [
         promise="all start, one schema",
         trial=_first_start,
         off="no_schema_lock",
+        shows="not all started",
         shape=_NO_REDIS,
     ),
     Row(
@@ -537,5 +544,6 @@ ROWS = [
         promise="no later change is seen before it",
         trial=_late_commit,
         off="numbers_early",
+        shows="seen before an earlier one",
     ),
 ]

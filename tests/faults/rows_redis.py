@@ -419,6 +419,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; then Redis is not asked any more",
         trial=_slow_or_silent(lambda s: s.deployment.to_redis(replace(STALLED, kind="data"))),
         off="no_breaker",
+        shows="with the breaker open",
         shape=COLD,
     ),
     Row(
@@ -427,6 +428,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; then Redis is not asked any more",
         trial=_slow_or_silent(lambda s: s.deployment.redis.freeze()),
         off="no_breaker",
+        shows="with the breaker open",
         shape=COLD,
     ),
     Row(
@@ -443,6 +445,7 @@ ROWS = [
         promise="the database answers; no more than 10 connects a second and process",
         trial=_killed,
         off="no_breaker",
+        shows="connects a second",
         shape=COLD,
     ),
     Row(
@@ -451,6 +454,7 @@ ROWS = [
         promise="the database is asked no more than it takes to fill Redis again",
         trial=_restarted_empty,
         off="no_fill",
+        shows="database reads a second",
         shape=COLD,
     ),
     Row(
@@ -475,6 +479,7 @@ ROWS = [
         promise="it is not used, and the log says why",
         trial=_pointed_at_replica,
         off="no_role_check",
+        shows="the replica was",
         shape=COLD,
     ),
     Row(
@@ -483,6 +488,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; then Redis is not asked any more",
         trial=_slow_or_silent(lambda s: _pause(s, "ALL"), heal=lambda s: s.watch(2.0)),
         off="no_breaker",
+        shows="with the breaker open",
         shape=COLD,
     ),
     Row(
@@ -491,6 +497,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; with 500 ms soon not at all",
         trial=_delayed,
         off="no_breaker",
+        shows="at a latency of",
         shape=COLD,
     ),
     Row(
@@ -499,6 +506,7 @@ ROWS = [
         promise="no errors; requests wait 300 ms more at the most",
         trial=_torn(Conduct(slice_bytes=1, bytes_per_second=1000)),
         off="no_fallback",
+        shows=" errors",
         shape=COLD,
     ),
     Row(
@@ -507,6 +515,7 @@ ROWS = [
         promise="the database answers instead; no errors",
         trial=_torn(Conduct(resets_after=5)),
         off="no_fallback",
+        shows=" errors",
         shape=COLD,
     ),
     Row(
@@ -555,6 +564,7 @@ ROWS = [
         promise="Redis is left aside, the log says so; in use again 5 s after",
         trial=_locked_out,
         off="no_breaker",
+        shows="Redis was still asked",
         shape=COLD,
     ),
     Row(
@@ -563,6 +573,7 @@ ROWS = [
         promise="the database is asked no more than it takes to fill Redis again",
         trial=_flushed_all_the_time,
         off="no_fill",
+        shows="database reads a second",
         shape=COLD,
     ),
     Row(
@@ -571,6 +582,7 @@ ROWS = [
         promise="an unknown form is a miss; no errors",
         trial=_two_releases,
         off="any_format",
+        shows=" errors",
         shape=COLD,
     ),
 ]
