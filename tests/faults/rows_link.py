@@ -23,7 +23,7 @@ from tfm_guard.link import Message
 from tfm_guard.records import Change
 from tfm_guard.store import schema
 
-_UNFED_SECONDS = 8.0
+_UNFED_SECONDS = 6.0
 _SHORT_UNFED = Shape(unfed=_UNFED_SECONDS)
 _EIGHT = Shape(workers=8, direct=True)
 _FEED_SECONDS = 1.5
