@@ -1,7 +1,7 @@
 """Facts about many requests for one key: they share reads, but never one made before a change."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -192,36 +192,34 @@ async def test_requests_share_the_next_read_while_not_fresh(
     assert len(gate.reads) == 2
 
 
-async def test_a_request_after_revoking_gets_no_answer_from_before(
-    guard: Guard, gate: Gate, created: CreatedKey
+async def check_overtaken(
+    guard: Guard, gate: Gate, created: CreatedKey, revoking: Callable[[], Awaitable[None]]
 ) -> None:
-    """Requests after revoking are refused at once; one whose read was overtaken reads again."""
+    """Revoke while a read is held back: it is not believed, by those who come later least."""
     gate.shut()
     before = ask(guard, created)
     await gate.holds_one()
     held = gate.let_through_later_ones()
-    await revoke(guard, created)
+    await revoking()
     assert await refusal(guard, created.token) == "revoked"
     held.set()
     assert await reason_of(before) == "revoked"
     assert guard.recall(as_headers(created.token.encode())) is None
     assert await refusal(guard, created.token) == "revoked"
+
+
+async def test_a_request_after_revoking_gets_no_answer_from_before(
+    guard: Guard, gate: Gate, created: CreatedKey
+) -> None:
+    """Requests after revoking are refused at once; one whose read was overtaken reads again."""
+    await check_overtaken(guard, gate, created, lambda: revoke(guard, created))
 
 
 async def test_a_request_after_revoking_elsewhere(
     guard: Guard, other: Guard, gate: Gate, created: CreatedKey
 ) -> None:
     """The same holds for a key that another process revokes, once this one has read the feed."""
-    gate.shut()
-    before = ask(guard, created)
-    await gate.holds_one()
-    held = gate.let_through_later_ones()
-    await revoke(other, created, guard)
-    assert await refusal(guard, created.token) == "revoked"
-    held.set()
-    assert await reason_of(before) == "revoked"
-    assert guard.recall(as_headers(created.token.encode())) is None
-    assert await refusal(guard, created.token) == "revoked"
+    await check_overtaken(guard, gate, created, lambda: revoke(other, created, guard))
 
 
 async def test_a_request_after_revoking_elsewhere_without_a_lease(
