@@ -112,24 +112,31 @@ def _flushed_all_the_time(stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def repeatedly(
-    work: Callable[[Any], object], server: RedisServer, *, every: float
-) -> Iterator[None]:
-    """Do *work* with a client of *server* all the while."""
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Do *work* in a thread of its own, until it is told that the block is done."""
     done = threading.Event()
-
-    def run() -> None:
-        with server.client() as client:
-            while not done.wait(every):
-                work(client)
-
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=work, args=(done,))
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def repeatedly(
+    work: Callable[[Any], object], server: RedisServer, *, every: float
+) -> Iterator[None]:
+    """Do *work* with a client of *server* all the while."""
+
+    def run(done: threading.Event) -> None:
+        with server.client() as client:
+            while not done.wait(every):
+                work(client)
+
+    with meanwhile(run):
+        yield
 
 
 def entry_of(stage: Stage) -> bytes:
