@@ -120,8 +120,9 @@ class Freshness:
         if self._tasks:
             await asyncio.wait(self._tasks)
         with contextlib.suppress(Unavailable):
-            for row in {self.worker_id, self._entered or self.worker_id}:
-                await self._store.unregister_worker(row)
+            await self._store.unregister_worker(self.worker_id)
+            if self._entered is not None:
+                await self._store.unregister_worker(self._entered)
 
     def is_fresh(self) -> bool:
         """Tell whether memory counts now."""
