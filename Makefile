@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate faults check bench lock test-floors clean
+.PHONY: help demo test simulate breaks faults check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -23,6 +23,9 @@ test: .venv/.ready ## Run the whole test suite in two processes (ARGS="-k revoke
 
 simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --steps 1000000").
 	@.venv/bin/python -m tests.simulation $(ARGS)
+
+breaks: .venv/.ready ## Break each rule of the code in turn: something must fail, for some 5 minutes.
+	@.venv/bin/python -m tests.simulation.all_breaks
 
 faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
 	@.venv/bin/python -m tests.faults $(ARGS)

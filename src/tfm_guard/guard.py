@@ -1,16 +1,13 @@
 """The guard: what an application holds. The only place that builds the parts."""
 
 import asyncio
-import logging
-import math
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import (
     AbstractContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
 )
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
@@ -27,6 +24,7 @@ from tfm_guard.keys import KeyManager
 from tfm_guard.link import Link, Seals
 from tfm_guard.live import LiveConnection, LiveConnections
 from tfm_guard.local_cache import LocalCache, NegativeCache
+from tfm_guard.outages import Outages
 from tfm_guard.reader import KeyReader
 from tfm_guard.records import VerifiedKey
 from tfm_guard.redis_access import RedisAccess
@@ -42,11 +40,8 @@ if TYPE_CHECKING:
 
     from tfm_guard.http.persons import Identify
 
-_log: Final = logging.getLogger(__name__)
-
 # How long a request waits for the guard to open, should it be the first to need it.
 _OPENING_SECONDS: Final = 5.0
-_LOG_INTERVAL_SECONDS: Final = 10.0
 
 
 class _Parts(NamedTuple):
@@ -392,50 +387,6 @@ class Guard:
         self._opening = None
         self._loop = None
         self._store = self._new_store()
-
-
-class Outages:
-    """Says that keys cannot be verified: at once, and then at intervals for as long as it lasts.
-
-    A log line for each request would hide what else the log says.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._count = 0
-        self._quiet_until = -math.inf
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note what keeps the block from knowing about a token, and raise it as `Unavailable`."""
-        try:
-            yield
-        except InvalidToken:
-            raise
-        except Unavailable as error:
-            self.note(error.reason)
-            raise
-        except GuardError as error:
-            self.note(str(error))
-            raise Unavailable("the guard cannot be opened") from error
-        except Exception as error:
-            # A fault of ours. Nothing is known about the token, so nothing is said about it.
-            self.note(type(error).__name__, fault=error)
-            raise Unavailable("internal error") from error
-
-    def note(self, reason: str, *, fault: Exception | None = None) -> None:
-        """Note a token that could not be verified, for *reason*; show where a *fault* arose."""
-        self._count += 1
-        now = self._clock.monotonic()
-        if now >= self._quiet_until:
-            _log.error(
-                "%d tokens could not be verified, the last: %s",
-                self._count,
-                reason,
-                exc_info=fault,
-            )
-            self._count = 0
-            self._quiet_until = now + _LOG_INTERVAL_SECONDS
 
 
 def _recall_nothing(_headers: Headers) -> None:

@@ -6,7 +6,8 @@ count only while the process is fresh; the store always does. `recall` is the wa
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from hmac import compare_digest
 from typing import Final
 from uuid import UUID
@@ -83,13 +84,10 @@ class Verifier:
             self._counters.negative_hits += 1
             raise InvalidToken(reason)
         negative_epoch = self._negative.epoch
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                found = await self._reader.find(prefix_of(token))
-                if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
-                    found = self._reader.proven(found, digest)
-        except TimeoutError:
-            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+        async with _deadline():
+            found = await self._reader.find(prefix_of(token))
+            if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
+                found = self._reader.proven(found, digest)
         if isinstance(found, Known) and compare_digest(digest, found.entry.digest):
             reason = _inactivity(found)
             if reason is None:
@@ -107,11 +105,8 @@ class Verifier:
         now = self._clock.monotonic()
         if remembered is not None and now < min(self._freshness.fresh_until, remembered.deadline):
             return _covers(remembered.key.key_id, remembered.key.scopes, key)
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                found = await self._reader.find(key.key_prefix)
-        except TimeoutError:
-            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+        async with _deadline():
+            found = await self._reader.find(key.key_prefix)
         if isinstance(found, Unproven):
             return _is_active(found.row) and _covers(found.row.id, found.row.scopes, key)
         return (
@@ -230,6 +225,16 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
         return entry.key
 
     return recall
+
+
+@asynccontextmanager
+async def _deadline() -> AsyncIterator[None]:
+    """Break the block off when its time is over, and raise `Unavailable`."""
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
 
 
 def _inactivity(found: Known) -> str | None:

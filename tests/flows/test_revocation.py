@@ -12,14 +12,22 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import insert, select
 
-from tests.support.guards import create, freshness_of, local_of, new_guard, refusal, until
+from tests.support.guards import (
+    create,
+    freshness_of,
+    local_of,
+    new_guard,
+    refusal,
+    store_of,
+    until,
+)
 from tests.support.sql import execute
 from tfm_guard import Guard
 from tfm_guard.bearer import as_headers
 from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.errors import KeyNotFound, NotConfirmed
 from tfm_guard.records import CreatedKey, Revocation
-from tfm_guard.store import MARKED, schema
+from tfm_guard.store import MARKED, Register, schema
 from tfm_guard.testing import ManualClock
 
 POLL, LONGEST_WAIT, UNFED_WAIT = 0.25, 3.0, 61.0  # seconds
@@ -160,6 +168,29 @@ async def test_a_dead_process_delays_two_revocations(database_url: str) -> None:
     async with new_guard(database_url, clock=ManualClock()) as guard:
         done = await guard.keys.revoke("acme", created.pop().key.id)
         assert done == Revocation(how="acknowledged", workers=1, seconds=0)
+
+
+async def test_the_register_is_read_once_more_when_the_wait_is_over(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it said just before does not count: who was silent may have found a link since."""
+    clock = ManualClock()
+    async with new_guard(sqlite_url, clock=clock) as guard:
+        created = await create(guard)
+        enter_dead_process(sqlite_url)
+        read_register = store_of(guard).read_register
+        reads: list[float] = []
+
+        async def noted() -> Register:
+            reads.append(clock.monotonic())
+            return await read_register()
+
+        monkeypatch.setattr(store_of(guard), "read_register", noted)
+        began = clock.monotonic()
+        revoking = await begin_revoking(guard, clock, created)
+        await clock.pass_time(LONGEST_WAIT)
+        assert (await revoking).how == "lease"
+        assert reads[-1] >= began + LONGEST_WAIT
 
 
 async def test_who_came_while_revoking_waited_is_not_struck_off(database_url: str) -> None:

@@ -24,6 +24,7 @@ FLOORS = {
     "coalescer": 0,
     "settings": 1,
     "clock": 1,
+    "outages": 2,
     "hashing": 2,
     "store": 2,
     "local_cache": 2,

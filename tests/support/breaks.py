@@ -321,7 +321,7 @@ def no_unfed() -> Undo:
 def lease_is_enough() -> Undo:
     """Whoever revokes a key takes a lease for long enough, whatever the others hear of."""
 
-    def end_of_trust(self: Any, _worker: Any, _member: Any) -> float:
+    def end_of_trust(self: Any, _worker: Any) -> float:
         end: float = self.started + self._wait
         return end
 
