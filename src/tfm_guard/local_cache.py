@@ -5,6 +5,7 @@ that the garbage collector does not track, holding bytes and references to share
 of such entries is not tracked either; and the order of eviction is kept in a bytearray.
 """
 
+from collections import deque
 from typing import Final
 
 from msgspec import Struct
@@ -22,7 +23,24 @@ class LocalEntry(Struct, gc=False):
     key: VerifiedKey
     record: bytes  # the key's own, at hand for the comparison of digests
     deadline: float  # monotonic seconds; not to be believed from then on
-    used: bool  # since the hand of the clock last passed
+    hits: int = 0  # not yet counted
+    used_at: float = 0.0  # monotonic seconds; when it last was, if it has hits
+    passed: int = 0  # its hits when the hand of the clock last passed
+
+    @property
+    def used(self) -> bool:
+        """Whether it was used since the hand of the clock last passed."""
+        return self.hits != self.passed
+
+    @property
+    def key_id(self) -> bytes:
+        return self.record[16:32]
+
+    def count(self) -> int:
+        """Return its hits, which are counted with that, and begin anew."""
+        hits, used = self.hits, self.used
+        self.hits, self.passed = 0, -1 if used else 0
+        return hits
 
 
 class LocalCache:
@@ -30,7 +48,10 @@ class LocalCache:
 
     def __init__(self, capacity: int) -> None:
         self.entries: dict[bytes, LocalEntry] = {}
-        self._capacity = capacity
+        # Those with hits that are not yet counted, the longest first. One that has left the cache
+        # since stays here until it is counted.
+        self.used: deque[LocalEntry] = deque()
+        self.capacity = capacity
         # The prefix in each slot. A slot whose prefix has been dropped is taken by the next
         # insertion that comes past; a prefix may thus stand in two slots, which costs nothing but
         # an earlier second look.
@@ -41,13 +62,13 @@ class LocalCache:
         return len(self.entries)
 
     def __repr__(self) -> str:
-        return f"LocalCache({len(self)} of {self._capacity})"
+        return f"LocalCache({len(self)} of {self.capacity})"
 
     def put(self, prefix: bytes, key: VerifiedKey, deadline: float) -> None:
         """Remember *key* until *deadline*, monotonic seconds."""
         if prefix not in self.entries:
             self._take_slot(prefix)
-        self.entries[prefix] = LocalEntry(key, key.record, deadline, used=False)
+        self.entries[prefix] = LocalEntry(key, key.record, deadline)
 
     def drop(self, prefix: bytes) -> None:
         """Forget one key."""
@@ -60,7 +81,7 @@ class LocalCache:
         self._hand = 0
 
     def _take_slot(self, prefix: bytes) -> None:
-        if len(self._ring) < self._capacity * PREFIX_LENGTH:
+        if len(self._ring) < self.capacity * PREFIX_LENGTH:
             self._ring += prefix
             return
         slot = slice(0)
@@ -70,13 +91,20 @@ class LocalCache:
             entry = self.entries.get(bytes(self._ring[slot]))
             if entry is None or not entry.used:
                 break
-            entry.used = False
+            entry.passed = entry.hits
         self.entries.pop(bytes(self._ring[slot]), None)
         self._ring[slot] = prefix
 
 
+class Denial(Struct, frozen=True, gc=False):
+    """Why a token is refused, and the id of the key with its prefix, if there is one."""
+
+    reason: str
+    key_id: bytes | None
+
+
 class NegativeCache:
-    """Tokens known to prove no key, by digest, with the reason. At most *capacity*.
+    """Tokens known to prove no key, by digest, with the denial. At most *capacity*.
 
     Two generations: when the younger is half of all, the older is dropped. `epoch` moves whenever
     everything is forgotten, so that a look-up begun before can tell that it comes too late.
@@ -85,23 +113,23 @@ class NegativeCache:
     def __init__(self, capacity: int) -> None:
         self.epoch = 0
         self._half = capacity // 2
-        self._young: dict[bytes, str] = {}
-        self._old: dict[bytes, str] = {}
+        self._young: dict[bytes, Denial] = {}
+        self._old: dict[bytes, Denial] = {}
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
 
-    def get(self, digest: bytes) -> str | None:
+    def get(self, digest: bytes) -> Denial | None:
         """Return why the token with *digest* is refused, if that is known."""
         return self._young.get(digest) or self._old.get(digest)
 
-    def put(self, digest: bytes, reason: str) -> None:
-        """Remember that the token with *digest* is refused for *reason*."""
+    def put(self, digest: bytes, denial: Denial) -> None:
+        """Remember that the token with *digest* is refused."""
         if len(self._young) >= self._half:
             # A capacity of one has no halves: the younger generation is all there is.
             self._old = self._young if self._half else {}
             self._young = {}
-        self._young[digest] = reason
+        self._young[digest] = denial
 
     def clear(self) -> None:
         """Forget everything."""

@@ -3,6 +3,7 @@
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import Account, PrefixTaken, Transaction
+from tfm_guard.store.usage import UsageHour
 
 __all__ = [
     "MARKED",
@@ -15,4 +16,5 @@ __all__ = [
     "Register",
     "Store",
     "Transaction",
+    "UsageHour",
 ]

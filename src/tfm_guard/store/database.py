@@ -29,7 +29,7 @@ _TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})
 
 
 class Database:
-    """One database behind bounded pools: one to read, one to write, one for the feed.
+    """One database behind bounded pools: to read, to write, for the feed, and for usage.
 
     Every call ends within its deadline, whatever the database does: work that does not is left
     behind, cancelled, and its connection goes back to the pool when the driver lets go of it.
@@ -49,6 +49,8 @@ class Database:
             self._writer = make(parsed, pool_size, reading=False)
             # The lease hangs on reading the feed, so that never queues behind anything.
             self._feed_reader = make(parsed, 1, reading=True)
+            # Writing usage takes no connection from who revokes a key.
+            self._usage_writer = make(parsed, 1, reading=False)
         except ImportError as error:
             raise ConfigurationError(
                 f"TFM_GUARD_DATABASE_URL: the driver of {self.dialect} cannot be loaded: {error}"
@@ -74,6 +76,7 @@ class Database:
         await self._reader.dispose()
         await self._writer.dispose()
         await self._feed_reader.dispose()
+        await self._usage_writer.dispose()
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Return what *work* reads, within `READ_SECONDS`; raise `Unavailable` otherwise.
@@ -94,14 +97,11 @@ class Database:
         *work* may run several times: it must do nothing but talk to the connection. Raises
         `Unavailable` where it is not known to have been committed.
         """
+        return await self._write_with(self._writer, work, seconds)
 
-        async def attempt(committing: list[bool]) -> T:
-            async with self._writer.connect() as connection, connection.begin():
-                result = await work(connection)
-                committing.append(True)
-            return result
-
-        return await self._within(seconds, attempt)
+    async def write_usage(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Do as `write` does, on a connection that no other change waits for."""
+        return await self._write_with(self._usage_writer, work, WRITE_SECONDS)
 
     async def write_one(self, statement: Executable) -> None:
         """Execute one *statement*, which commits by itself: a third of the round trips of `write`.
@@ -117,6 +117,17 @@ class Database:
                 await connection.execute(statement)
 
         await self._within(WRITE_SECONDS, attempt)
+
+    async def _write_with(
+        self, engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]], seconds: float
+    ) -> T:
+        async def attempt(committing: list[bool]) -> T:
+            async with engine.connect() as connection, connection.begin():
+                result = await work(connection)
+                committing.append(True)
+            return result
+
+        return await self._within(seconds, attempt)
 
     async def _read_with(
         self, engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]

@@ -40,13 +40,18 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         utc = value.astimezone(UTC)
-        return utc.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if dialect.name == "sqlite" else utc
+        return text_of(utc) if dialect.name == "sqlite" else utc
 
     def process_result_value(self, value: Any, _dialect: Dialect) -> datetime | None:
         if value is None:
             return None
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         return moment.astimezone(UTC)
+
+
+def text_of(utc: datetime) -> str:
+    """Return a moment in UTC as SQLite has it, in text that PostgreSQL reads too."""
+    return utc.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 # SQLite makes only INTEGER PRIMARY KEY columns number themselves.
@@ -102,7 +107,7 @@ usage_hours = Table(
     "tfm_usage_hours",
     metadata,
     Column("key_id", Uuid, primary_key=True),
-    Column("hour", UtcDateTime, primary_key=True),
+    Column("hour", UtcDateTime, primary_key=True, index=True),
     Column("accepted", BigInteger, nullable=False),
     Column("refused", BigInteger, nullable=False),
 )
@@ -175,5 +180,5 @@ flushes = Table(
     "tfm_flushes",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, index=True),
 )
