@@ -40,18 +40,13 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         utc = value.astimezone(UTC)
-        return text_of(utc) if dialect.name == "sqlite" else utc
+        return utc.strftime("%Y-%m-%dT%H:%M:%S.%fZ") if dialect.name == "sqlite" else utc
 
     def process_result_value(self, value: Any, _dialect: Dialect) -> datetime | None:
         if value is None:
             return None
         moment = datetime.fromisoformat(value) if isinstance(value, str) else value
         return moment.astimezone(UTC)
-
-
-def text_of(utc: datetime) -> str:
-    """Return a moment in UTC as SQLite has it, in text that PostgreSQL reads too."""
-    return utc.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 # SQLite makes only INTEGER PRIMARY KEY columns number themselves.

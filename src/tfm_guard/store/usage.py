@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
@@ -192,5 +192,11 @@ def _removal(table: Table, condition: ColumnElement[bool]) -> Delete:
 
 
 def _text_of(moment: float) -> str:
-    """Return seconds since 1970 as both databases take them."""
-    return schema.text_of(datetime.fromtimestamp(moment, UTC))
+    """Return seconds since 1970 as text that both databases take for a moment."""
+    second, rest = divmod(moment, 1.0)
+    return f"{_second(int(second))}.{int(rest * 1_000_000):06}Z"
+
+
+@lru_cache(256)
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
