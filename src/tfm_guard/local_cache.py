@@ -15,31 +15,30 @@ from tfm_guard.token import PREFIX_LENGTH
 
 # How many used entries an insertion passes over before it evicts one all the same.
 _MAXIMUM_STEPS: Final = 32
+# In place of when an entry was last used.
+_NEVER: Final = -2.0
+_COUNTED: Final = -1.0
+# A slot of the ring: a prefix, and the entry's hits (the last 8 bits) when the hand last passed.
+_SLOT: Final = PREFIX_LENGTH + 1
 
 
 class LocalEntry(Struct, gc=False):
     """A key that was active when it was read."""
 
     key: VerifiedKey
-    record: bytes  # the key's own, at hand for the comparison of digests
     deadline: float  # monotonic seconds; not to be believed from then on
     hits: int = 0  # not yet counted
-    used_at: float = 0.0  # monotonic seconds; when it last was, if it has hits
-    passed: int = 0  # its hits when the hand of the clock last passed
-
-    @property
-    def used(self) -> bool:
-        """Whether it was used since the hand of the clock last passed."""
-        return self.hits != self.passed
+    used_at: float = _NEVER  # monotonic seconds of the last hit, while it has hits
 
     @property
     def key_id(self) -> bytes:
-        return self.record[16:32]
+        return self.key.record[16:32]
 
     def count(self) -> int:
         """Return its hits, which are counted with that, and begin anew."""
-        hits, used = self.hits, self.used
-        self.hits, self.passed = 0, -1 if used else 0
+        hits, self.hits = self.hits, 0
+        # One object for all that were counted; the hand of the clock sees that it was used.
+        self.used_at = _COUNTED
         return hits
 
 
@@ -68,7 +67,7 @@ class LocalCache:
         """Remember *key* until *deadline*, monotonic seconds."""
         if prefix not in self.entries:
             self._take_slot(prefix)
-        self.entries[prefix] = LocalEntry(key, key.record, deadline)
+        self.entries[prefix] = LocalEntry(key, deadline)
 
     def drop(self, prefix: bytes) -> None:
         """Forget one key."""
@@ -81,19 +80,26 @@ class LocalCache:
         self._hand = 0
 
     def _take_slot(self, prefix: bytes) -> None:
-        if len(self._ring) < self.capacity * PREFIX_LENGTH:
-            self._ring += prefix
+        if len(self._ring) < self.capacity * _SLOT:
+            self._ring += prefix + b"\0"
             return
         slot = slice(0)
         for _ in range(_MAXIMUM_STEPS):
-            slot = slice(self._hand, self._hand + PREFIX_LENGTH)
-            self._hand = (self._hand + PREFIX_LENGTH) % len(self._ring)
+            slot, passed = slice(self._hand, self._hand + PREFIX_LENGTH), self._hand + PREFIX_LENGTH
+            self._hand = (self._hand + _SLOT) % len(self._ring)
             entry = self.entries.get(bytes(self._ring[slot]))
-            if entry is None or not entry.used:
+            if entry is None or not _was_used(entry, self._ring[passed]):
                 break
-            entry.passed = entry.hits
+            self._ring[passed] = entry.hits & 0xFF
+            if not entry.hits:
+                entry.used_at = _NEVER
         self.entries.pop(bytes(self._ring[slot]), None)
-        self._ring[slot] = prefix
+        self._ring[slot.start : slot.start + _SLOT] = prefix + b"\0"
+
+
+def _was_used(entry: LocalEntry, passed: int) -> bool:
+    """Tell whether an entry was used since the hand came by, or since the last count before."""
+    return entry.hits & 0xFF != passed if entry.hits else entry.used_at != _NEVER
 
 
 class Denial(Struct, frozen=True, gc=False):

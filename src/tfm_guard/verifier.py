@@ -230,7 +230,8 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
             return None
         mac = keyed()
         mac.update(value)
-        if not compare_digest(mac.digest(), entry.record[:16]):  # the digest
+        key = entry.key
+        if not compare_digest(mac.digest(), key.record[:16]):  # the digest
             # Anything may have stood there, and only what looks like a key is a wrong one.
             token = value[7:]
             if value.startswith(b"Bearer ") and (is_tagged(token) or is_untagged(token)):
@@ -241,7 +242,7 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
             note_used(entry)
         entry.hits += 1
         entry.used_at = now
-        return entry.key
+        return key
 
     return recall
 

@@ -5,7 +5,17 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Delete, bindparam, func, literal, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    bindparam,
+    func,
+    literal,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
@@ -200,8 +210,8 @@ class Store:
         """
         rows = await usage.rows_of(tallies)
 
-        async def run(connection: AsyncConnection) -> None:
-            await usage.add(connection, flush_id, rows, await self._begin(connection))
+        def run(connection: Connection) -> None:
+            usage.add(connection, flush_id, rows, self._begin_usage(connection))
 
         await self._database.write_usage(run)
 
@@ -230,11 +240,17 @@ class Store:
         return removed
 
     async def _prune(self, statement: Delete) -> int:
-        async def run(connection: AsyncConnection) -> int:
-            await self._begin(connection)
-            return (await connection.execute(statement)).rowcount
+        def run(connection: Connection) -> int:
+            self._begin_usage(connection)
+            return connection.execute(statement).rowcount
 
         return await self._database.write_usage(run)
+
+    def _begin_usage(self, connection: Connection) -> datetime:
+        if self._database.dialect == "sqlite":
+            return self._clock.now()
+        now: datetime = connection.execute(_LIMITS).scalar_one()
+        return now
 
     async def _begin(self, connection: AsyncConnection) -> datetime:
         if self._database.dialect == "sqlite":

@@ -10,6 +10,7 @@ from uuid import UUID
 import msgspec
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Delete,
     Executable,
     Select,
@@ -77,14 +78,14 @@ async def rows_of(tallies: Sequence[Tally]) -> UsageRows:
     return UsageRows(msgspec.json.encode(moments).decode(), msgspec.json.encode(hours).decode())
 
 
-async def add(connection: AsyncConnection, flush_id: UUID, rows: UsageRows, now: datetime) -> None:
+def add(connection: Connection, flush_id: UUID, rows: UsageRows, now: datetime) -> None:
     """Add *rows* to the usage of those keys that there are, unless *flush_id* was added before."""
     statements = _statements(connection.dialect.name)
     flush = {"id": flush_id, "created_at": now}
-    if (await connection.execute(statements.flush, flush)).scalar_one_or_none() is None:
+    if connection.execute(statements.flush, flush).scalar_one_or_none() is None:
         return
-    await connection.execute(statements.last_used, {"rows": rows.last_used})
-    await connection.execute(statements.hours, {"rows": rows.hours})
+    connection.execute(statements.last_used, {"rows": rows.last_used})
+    connection.execute(statements.hours, {"rows": rows.hours})
 
 
 async def read(
