@@ -115,9 +115,10 @@ class Usage:
     async def flush(self) -> None:
         """Write all that was counted until now. Raises `Unavailable`, and then keeps the rest."""
         left = len(self._local.used)
-        while left > 0:
-            self._count_used(min(left, _STEP), self._database_offset())
-            left -= _STEP
+        # Where no more can be kept, the entries keep it.
+        while (step := min(left, _STEP, _MOST_KEPT - len(self._kept))) > 0:
+            self._count_used(step, self._database_offset())
+            left -= step
             await asyncio.sleep(0)
         if self._batch is not None:
             await self._write(self._batch)
