@@ -25,6 +25,7 @@ from tfm_guard import (
     records,
     redis_access,
     shared_cache,
+    usage,
     verifier,
 )
 from tfm_guard.errors import InvalidToken, Unavailable
@@ -386,6 +387,26 @@ def ack_regardless() -> Undo:
     return put(store.Store, "transact", transact)
 
 
+def no_flushes() -> Undo:
+    """Usage is counted, and never written."""
+
+    async def try_to_flush(_self: Any) -> None:
+        pass
+
+    return put(usage.Usage, "_try_to_flush", try_to_flush)
+
+
+def no_last_flush() -> Undo:
+    """A process that is told to end leaves what it has not written yet."""
+    former = usage.Usage._try_to_flush  # noqa: SLF001  # what it replaces
+
+    async def try_to_flush(self: Any) -> None:
+        if not self._stopping.is_set():
+            await former(self)
+
+    return put(usage.Usage, "_try_to_flush", try_to_flush)
+
+
 BREAKS: Final[dict[str, Callable[[], Undo]]] = {
     each.__name__: each
     for each in (
@@ -422,5 +443,7 @@ BREAKS: Final[dict[str, Callable[[], Undo]]] = {
         dies_silently,
         joins_blindly,
         ack_regardless,
+        no_flushes,
+        no_last_flush,
     )
 }
