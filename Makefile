@@ -36,8 +36,9 @@ check: .venv/.ready ## Lint; check the formatting, the types and the floors (who
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest -q tests/project/test_floors.py
 
-bench: .venv/.ready ## Measure what the middleware adds to a request (ARGS=--json).
+bench: .venv/.ready ## Measure what the middleware adds to a request, and usage (ARGS=--json).
 	@.venv/bin/python benchmarks/warm_path.py $(ARGS)
+	@.venv/bin/python benchmarks/usage.py $(ARGS)
 
 lock: build/uv/.ready ## Resolve both lock files anew: newest versions, oldest allowed ones.
 	@$(COMPILE) --upgrade -o requirements/dev.lock

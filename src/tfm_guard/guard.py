@@ -33,6 +33,7 @@ from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import SharedCache
 from tfm_guard.store import Store
 from tfm_guard.token import DigestKeys, Tagger, derive
+from tfm_guard.usage import Usage
 from tfm_guard.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -307,6 +308,15 @@ class Guard:
                     counters=counters,
                 )
             local = LocalCache(settings.local_cache_size)
+            usage = Usage(
+                store=store,
+                local=local,
+                freshness=freshness,
+                clock=clock,
+                random=self._random,
+                counters=counters,
+            )
+            ending.push_async_callback(usage.close)  # after all that verifies has ended
             verifier = Verifier(
                 local=local,
                 negative=NegativeCache(settings.local_cache_size),
@@ -326,6 +336,7 @@ class Guard:
                 tagger=tagger,
                 digest_keys=digest_keys,
                 accept_untagged=settings.accept_untagged_tokens,
+                usage=usage,
                 clock=clock,
                 counters=counters,
             )
@@ -333,6 +344,7 @@ class Guard:
             store.on_commit(freshness.apply)
             ending.push_async_callback(freshness.stop)
             await freshness.start()
+            usage.start()
             if link is not None:
                 ending.push_async_callback(link.stop)
                 await link.start()

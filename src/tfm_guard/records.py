@@ -106,6 +106,40 @@ class Revocation(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+UsageRange = Literal["24h", "7d", "30d", "90d"]
+
+
+class UsageBucket(Struct, frozen=True, kw_only=True):
+    """How many requests of the hour, or the day, from *start* on were *accepted* and *refused*."""
+
+    start: datetime  # UTC
+    accepted: int
+    refused: int
+
+
+class KeyUsage(Struct, frozen=True, kw_only=True):
+    """The use of a key over *range*, by hour or day: every one, the oldest first."""
+
+    range: UsageRange
+    unit: Literal["hour", "day"]
+    accepted: int
+    refused: int
+    buckets: list[UsageBucket]
+
+
+class Tally(Struct, gc=False):
+    """Requests of one *hour*, counted from 1970, with the key *key_id*, that are yet to be added.
+
+    *used_at* is when one was last accepted, in seconds of the database's clock since 1970.
+    """
+
+    key_id: bytes
+    hour: int
+    accepted: int = 0
+    refused: int = 0
+    used_at: float | None = None
+
+
 class KeyCredentials(AuthCredentials):
     """What a verified key may do: its *scopes*, a sorted tuple, within *realm*. Immutable.
 

@@ -36,6 +36,7 @@ FLOORS = {
     "link": 3,
     "confirmation": 3,
     "live": 3,
+    "usage": 3,
     "keys": 3,
     "accounts": 3,
     "guard": 4,

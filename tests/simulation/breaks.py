@@ -184,8 +184,8 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "refusals are remembered without a lease": Break(
         Verifier,
         "look_up",
-        "if self._freshness.is_fresh() and (reason",
-        "if (reason",
+        "if self._freshness.is_fresh() and (denial",
+        "if (denial",
     ),
     # Flights.
     "nothing found by a read that was joined counts": Break(

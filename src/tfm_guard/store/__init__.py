@@ -9,6 +9,7 @@ from tfm_guard.store.transaction import (
     PrefixTaken,
     Transaction,
 )
+from tfm_guard.store.usage import UsageHour
 
 __all__ = [
     "ERASED_ACCOUNT",
@@ -23,4 +24,5 @@ __all__ = [
     "Register",
     "Store",
     "Transaction",
+    "UsageHour",
 ]

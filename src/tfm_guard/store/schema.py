@@ -103,7 +103,7 @@ usage_hours = Table(
     "tfm_usage_hours",
     metadata,
     Column("key_id", Uuid, primary_key=True),
-    Column("hour", UtcDateTime, primary_key=True),
+    Column("hour", UtcDateTime, primary_key=True, index=True),
     Column("accepted", BigInteger, nullable=False),
     Column("refused", BigInteger, nullable=False),
 )
@@ -176,5 +176,5 @@ flushes = Table(
     "tfm_flushes",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, index=True),
 )

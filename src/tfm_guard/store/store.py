@@ -1,16 +1,26 @@
 """The store as the other parts see it."""
 
-from collections.abc import Awaitable, Callable, Iterable
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, bindparam, func, literal, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    bindparam,
+    func,
+    literal,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
-from tfm_guard.records import Account, ApiKey, Change, StoredKey
-from tfm_guard.store import feed, schema, upgrade
+from tfm_guard.records import Account, ApiKey, Change, StoredKey, Tally
+from tfm_guard.store import feed, schema, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.schema import UtcDateTime
@@ -22,6 +32,7 @@ from tfm_guard.store.transaction import (
     is_active,
     key_of,
 )
+from tfm_guard.store.usage import UsageHour
 
 T = TypeVar("T")
 
@@ -219,6 +230,56 @@ class Store:
             )
 
         await self._database.write(run)
+
+    async def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        """Add *tallies* to the usage of their keys, but for those that there are no more.
+
+        What was added under the same *flush_id* before is not added again. Raises `Unavailable`
+        where it is not known to have been added.
+        """
+        rows = await usage.rows_of(tallies)
+
+        def run(connection: Connection) -> None:
+            usage.add(connection, flush_id, rows, self._begin_usage(connection))
+
+        await self._database.write_usage(run)
+
+    async def read_usage(
+        self, account_id: str, key_id: UUID, span: timedelta
+    ) -> tuple[datetime, list[UsageHour]] | None:
+        """Return the database's time and the hours of the account's key in the *span* before.
+
+        None if the account never had such a key.
+        """
+        return await self._database.read(
+            lambda connection: usage.read(connection, account_id, key_id, span, self._now())
+        )
+
+    async def prune_usage(self) -> int:
+        """Remove hours of more than 92 days ago and ids of flushes of yesterday; return how many.
+
+        In short transactions, so that changes go on meanwhile.
+        """
+        clock = select(self._now())
+        moment = (await self._database.read(lambda c: c.execute(clock))).scalar_one()
+        removed = 0
+        for statement in usage.prunings(moment):
+            while count := await self._prune(statement):
+                removed += count
+        return removed
+
+    async def _prune(self, statement: Delete) -> int:
+        def run(connection: Connection) -> int:
+            self._begin_usage(connection)
+            return connection.execute(statement).rowcount
+
+        return await self._database.write_usage(run)
+
+    def _begin_usage(self, connection: Connection) -> datetime:
+        if self._database.dialect == "sqlite":
+            return self._clock.now()
+        now: datetime = connection.execute(_LIMITS).scalar_one()
+        return now
 
     async def _begin(self, connection: AsyncConnection) -> datetime:
         if self._database.dialect == "sqlite":
