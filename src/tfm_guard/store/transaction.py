@@ -41,6 +41,7 @@ class Transaction:
         self._is_postgresql = connection.dialect.name == "postgresql"
         self.changes: list[Change] = []
         self.now = now
+        self.connection = connection  # for this package's other modules
 
     async def lock_account(self, account_id: str) -> Account:
         """Return the account, made and put on the plan "free" if it is new, and hold it.
@@ -265,3 +266,18 @@ def is_active(now: Any) -> tuple[Any, ...]:
     """Return the conditions under which a key is neither revoked nor expired at *now*."""
     keys = schema.keys.c
     return keys.revoked_at.is_(None), or_(keys.expires_at.is_(None), keys.expires_at > now)
+
+
+def key_of(row: Row[Any], last_used_at: datetime | None) -> ApiKey:
+    """Return the key that a *row* of the table of keys describes."""
+    return ApiKey(
+        id=row.id,
+        key_prefix=row.prefix,
+        account_id=row.account_id,
+        name=row.name,
+        scopes=frozenset(row.scopes.split()),
+        created_at=row.created_at,
+        last_used_at=last_used_at,
+        expires_at=row.expires_at,
+        replaced_by=row.replaced_by,
+    )
