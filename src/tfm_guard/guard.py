@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from tfm_guard.accounts import AccountManager
+from tfm_guard.audit import AuditLog
 from tfm_guard.bearer import Headers, as_headers
 from tfm_guard.clock import Clock, SystemClock
 from tfm_guard.confirmation import Confirmation
@@ -31,6 +32,7 @@ from tfm_guard.redis_access import RedisAccess
 from tfm_guard.scopes import ScopeRegistry
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import SharedCache
+from tfm_guard.signs import Signs
 from tfm_guard.store import Store
 from tfm_guard.token import DigestKeys, Tagger, derive
 from tfm_guard.usage import Usage
@@ -52,6 +54,8 @@ class _Parts(NamedTuple):
     live: LiveConnections
     keys: KeyManager
     accounts: AccountManager
+    audit: AuditLog
+    signs: Signs
     ending: AsyncExitStack
 
 
@@ -116,6 +120,19 @@ class Guard:
     def accounts(self) -> AccountManager:
         """Puts accounts on plans, suspends, resumes and erases them. The guard must be open."""
         return self._opened_parts().accounts
+
+    @property
+    def audit(self) -> AuditLog:
+        """Lists the audit log, and follows it with a cursor. The guard must be open."""
+        return self._opened_parts().audit
+
+    @property
+    def signs(self) -> Signs:
+        """Looks for signs of trouble with keys, and writes them to the audit log.
+
+        The guard must be open; then it looks once an hour by itself.
+        """
+        return self._opened_parts().signs
 
     async def verify(self, token: str | bytes) -> VerifiedKey:
         """Return the key that *token* proves, opening the guard if it is not yet.
@@ -370,7 +387,11 @@ class Guard:
             live = LiveConnections(freshness=freshness, holds=self.holds, clock=clock)
             ending.push_async_callback(live.close)
             accounts = AccountManager(store=store, confirmation=confirmation, plans=settings.plans)
-            return _Parts(verifier, live, keys, accounts, ending.pop_all())
+            signs = Signs(store=store, clock=clock)
+            ending.push_async_callback(signs.stop)
+            signs.start()
+            audit = AuditLog(store=store)
+            return _Parts(verifier, live, keys, accounts, audit, signs, ending.pop_all())
 
     def _new_store(self) -> Store:
         return Store(

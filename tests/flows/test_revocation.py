@@ -73,9 +73,9 @@ async def begin_revoking(
 ) -> "asyncio.Task[Revocation]":
     """Revoke a key through *guard* and return when that is committed and waits for others."""
     revoking = asyncio.create_task(guard.keys.revoke("acme", created.key.id))
-    # Who sleeps: the caller, who watches the register for it, and who is about to read the feed,
-    # and to write usage.
-    waiting = asyncio.create_task(clock.wait_for_sleepers(4))
+    # Who sleeps: the caller, who watches the register for it, who is about to read the feed, to
+    # write usage, and to look for signs of trouble.
+    waiting = asyncio.create_task(clock.wait_for_sleepers(5))
     await asyncio.wait({revoking, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     assert not revoking.done()
@@ -315,7 +315,7 @@ async def test_two_callers_wait_for_one_revocation(database_url: str) -> None:
         enter_dead_process(database_url)
         first = await begin_revoking(guard, clock, created)
         second = asyncio.create_task(guard.keys.revoke("acme", created.key.id))
-        await clock.wait_for_sleepers(4)
+        await clock.wait_for_sleepers(5)
         await clock.pass_time(LONGEST_WAIT)
         assert [(await call).how for call in (first, second)] == ["lease", "lease"]
     assert actions_in(database_url) == ["api_key.created", "api_key.revoked"]
