@@ -205,7 +205,7 @@ async def test_revoking_does_not_wait_for_a_large_flush(store: Store, database_u
 
     task = asyncio.create_task(flush())
     took = []
-    for number, key_id in enumerate(keys[:10]):
+    for key_id in keys[:10]:
         started = time.perf_counter()
         await revoke(store, key_id)
         took.append(time.perf_counter() - started)
