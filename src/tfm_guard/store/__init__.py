@@ -2,14 +2,22 @@
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.store import Installation, Store
-from tfm_guard.store.transaction import Account, PrefixTaken, Transaction
+from tfm_guard.store.transaction import (
+    ERASED_ACCOUNT,
+    LockedAccount,
+    LockedKey,
+    PrefixTaken,
+    Transaction,
+)
 from tfm_guard.store.usage import UsageHour
 
 __all__ = [
+    "ERASED_ACCOUNT",
     "MARKED",
-    "Account",
     "FeedState",
     "Installation",
+    "LockedAccount",
+    "LockedKey",
     "Member",
     "Place",
     "PrefixTaken",
