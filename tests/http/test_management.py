@@ -22,7 +22,7 @@ from tests.support.sql import execute
 from tfm_guard import Guard
 from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.errors import InsufficientScope, InvalidToken
-from tfm_guard.http.management import CreatedKeyResponse
+from tfm_guard.http.messages import CreatedKeyResponse
 from tfm_guard.records import ApiKey
 from tfm_guard.store import schema
 from tfm_guard.testing import ManualClock
@@ -115,7 +115,7 @@ async def test_listing_answers_as_documented(api: Api) -> None:
     row = (
         rf'{{"id":{ID},"name":"\w+","key_prefix":"[0-9a-f]{{8}}","permissions":\[[^]]*\],'
         rf'"is_active":true,"last_used_at":null,"created_at":{MOMENT},"expires_at":null,'
-        rf'"replaced_by":null}}'
+        rf'"replaced_by":null,"status":"never_used"}}'
     )
     assert re.fullmatch(rf"\[{row}(,{row}){{4}}\]", answer.body.decode())
     assert [row["name"] for row in answer.json] == ["CI", "sender", "writer", "reader", "manager"]
