@@ -23,6 +23,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import GuardError, InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing, HashingProfile
+from tfm_guard.imports import KeyImporter
 from tfm_guard.keys import KeyManager
 from tfm_guard.link import Link, Seals
 from tfm_guard.live import LiveConnection, LiveConnections
@@ -54,6 +55,7 @@ class _Parts(NamedTuple):
     live: LiveConnections
     keys: KeyManager
     accounts: AccountManager
+    imports: KeyImporter
     ending: AsyncExitStack
 
 
@@ -118,6 +120,11 @@ class Guard:
     def accounts(self) -> AccountManager:
         """Puts accounts on plans. The guard must be open."""
         return self._opened_parts().accounts
+
+    @property
+    def imports(self) -> KeyImporter:
+        """Takes over keys that were issued elsewhere. The guard must be open."""
+        return self._opened_parts().imports
 
     async def verify(self, token: str | bytes) -> VerifiedKey:
         """Return the key that *token* proves, opening the guard if it is not yet.
@@ -356,7 +363,17 @@ class Guard:
             live = LiveConnections(freshness=freshness, holds=self.holds, clock=clock)
             ending.push_async_callback(live.close)
             accounts = AccountManager(store=store, plans=settings.plans)
-            return _Parts(verifier, live, keys, accounts, ending.pop_all())
+            imports = KeyImporter(
+                store=store,
+                hashing=hashing,
+                tagger=tagger,
+                digest_keys=digest_keys,
+                scopes=self.scopes,
+                plans=settings.plans,
+                clock=clock,
+                random=self._random,
+            )
+            return _Parts(verifier, live, keys, accounts, imports, ending.pop_all())
 
     def _new_store(self) -> Store:
         return Store(

@@ -37,6 +37,7 @@ FLOORS = {
     "live": 3,
     "keys": 3,
     "accounts": 3,
+    "imports": 3,
     "guard": 4,
     "http": 5,
     "cli": 5,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tfm_guard.cli.failures import Failure, naming, silence_stdout
+from tfm_guard.cli.import_keys import import_
 from tfm_guard.clock import SystemClock
 from tfm_guard.errors import Refusal
 
@@ -59,6 +60,9 @@ class Moment(click.ParamType[datetime]):
 @click.group()
 def keys() -> None:
     """Create API keys."""
+
+
+keys.add_command(import_)
 
 
 @keys.command()

@@ -2,12 +2,13 @@
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.store import Installation, Store
-from tfm_guard.store.transaction import Account, PrefixTaken, Transaction
+from tfm_guard.store.transaction import Account, Holding, PrefixTaken, Transaction
 
 __all__ = [
     "MARKED",
     "Account",
     "FeedState",
+    "Holding",
     "Installation",
     "Member",
     "Place",

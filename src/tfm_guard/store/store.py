@@ -14,7 +14,7 @@ from tfm_guard.store import feed, schema, upgrade
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.schema import UtcDateTime
-from tfm_guard.store.transaction import Transaction, is_active
+from tfm_guard.store.transaction import Holding, Transaction, is_active, read_holdings
 
 T = TypeVar("T")
 
@@ -94,6 +94,11 @@ class Store:
 
         return await self._database.read(work)
 
+    async def read_holdings(self, account_ids: Iterable[str]) -> list[Holding]:
+        """Return the plan of each account, and how many active keys it holds."""
+        wanted = list(account_ids)
+        return await self._database.read(lambda c: read_holdings(c, wanted, self._now()))
+
     async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> tuple[T, list[Change]]:
         """Run *work* in a transaction that appends its changes to the feed, and commit it.
 
@@ -170,7 +175,7 @@ class Store:
         return await self._database.read_feed(lambda c: feed.changes_between(c, seen, head))
 
     async def recent_changes(self, state: FeedState, seconds: float) -> list[Change]:
-        """Return the changes of the last *seconds* before *state*, in their order."""
+        """Return the changes of the last *seconds* before *state*, but for creations."""
         return await self._database.read_feed(lambda c: feed.changes_since(c, state.now, seconds))
 
     async def confirm_revocation(self, key_id: UUID) -> None:

@@ -7,7 +7,19 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Insert, Row, Table, Update, bindparam, func, insert, or_, select, update
+from sqlalchemy import (
+    Insert,
+    Row,
+    Table,
+    Update,
+    and_,
+    bindparam,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -28,6 +40,14 @@ class Account(NamedTuple):
 
     id: str
     plan: str
+
+
+class Holding(NamedTuple):
+    """An account's plan, and how many keys it holds that are neither revoked nor expired."""
+
+    account_id: str
+    plan: str
+    active: int
 
 
 class Transaction:
@@ -54,6 +74,27 @@ class Transaction:
             await self._connection.execute(new.on_conflict_do_nothing())
             row = (await self._connection.execute(lock)).one()
         return Account(row.id, row.plan)
+
+    async def lock_accounts(self, account_ids: Iterable[str]) -> list[Holding]:
+        """Return the accounts, made and put on the plan "free" where they are new; hold them all.
+
+        They are locked in one order, so that two who hold many do not wait for each other.
+        """
+        wanted = sorted(account_ids)
+        accounts = schema.accounts.c
+        lock = (
+            select(accounts.id)
+            .where(accounts.id.in_(wanted))
+            .order_by(accounts.id)
+            .with_for_update()
+        )
+        known = set((await self._connection.execute(lock)).scalars())
+        if new := [{"id": one, "plan": "free"} for one in wanted if one not in known]:
+            dialect = postgresql if self._is_postgresql else sqlite
+            add = dialect.insert(schema.accounts).values(new).on_conflict_do_nothing()
+            await self._connection.execute(add)
+            await self._connection.execute(lock)
+        return await read_holdings(self._connection, wanted, self.now)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         await self._connection.execute(
@@ -88,8 +129,8 @@ class Transaction:
         key: ApiKey,
         *,
         secret_hash: str,
-        digest: bytes,
-        digest_key_id: str,
+        digest: bytes | None,
+        digest_key_id: str | None,
         created_by: str,
     ) -> None:
         """Insert *key* as version 1. Raises `PrefixTaken`."""
@@ -241,3 +282,20 @@ def is_active(now: Any) -> tuple[Any, ...]:
     """Return the conditions under which a key is neither revoked nor expired at *now*."""
     keys = schema.keys.c
     return keys.revoked_at.is_(None), or_(keys.expires_at.is_(None), keys.expires_at > now)
+
+
+async def read_holdings(
+    connection: AsyncConnection, account_ids: Iterable[str], now: Any
+) -> list[Holding]:
+    """Return what each account holds at *now*; one that is not there is on the plan "free"."""
+    wanted = list(account_ids)
+    keys, accounts = schema.keys.c, schema.accounts.c
+    counted = and_(keys.account_id == accounts.id, keys.replaced_by.is_(None), *is_active(now))
+    rows = await connection.execute(
+        select(accounts.id, accounts.plan, func.count(keys.id))
+        .select_from(schema.accounts.outerjoin(schema.keys, counted))
+        .where(accounts.id.in_(wanted))
+        .group_by(accounts.id, accounts.plan)
+    )
+    found = {row.id: Holding(*row) for row in rows}
+    return [found.get(one, Holding(one, "free", 0)) for one in wanted]
