@@ -29,7 +29,7 @@ from tfm_guard.link import Link, Seals
 from tfm_guard.live import LiveConnection, LiveConnections
 from tfm_guard.local_cache import LocalCache, NegativeCache
 from tfm_guard.reader import KeyReader
-from tfm_guard.records import VerifiedKey
+from tfm_guard.records import Explanation, VerifiedKey
 from tfm_guard.redis_access import RedisAccess
 from tfm_guard.scopes import ScopeRegistry
 from tfm_guard.settings import Settings
@@ -139,6 +139,14 @@ class Guard:
         with self._outages.noted():
             verifier = (await self._open_for_request()).verifier
             return verifier.recall(as_headers(raw)) or await verifier.look_up(raw)
+
+    async def explain(self, token: str) -> Explanation:
+        """Return which key *token* proves, active or not, and why it is refused, if it is.
+
+        For operators: who sent the token must not learn it. The guard must be open. Raises
+        `Unavailable`.
+        """
+        return await self._opened_parts().verifier.explain(token.encode(errors="replace"))
 
     async def holds(self, key: VerifiedKey) -> bool:
         """Tell whether *key*, verified a while ago, is still active, with all its scopes.

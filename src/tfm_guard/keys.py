@@ -135,6 +135,16 @@ class KeyManager:
         """Return the active keys of *account_id*, newest first."""
         return await self._store.list_keys(account_id)
 
+    async def id_of(self, account_id: str, key_prefix: str) -> UUID:
+        """Return the id of the account's key with that prefix, active or not.
+
+        Raises `KeyNotFound`.
+        """
+        row = (await self._store.find_keys([key_prefix])).get(key_prefix)
+        if row is None or row.account_id != account_id:
+            raise KeyNotFound
+        return row.id
+
     async def revoke(
         self, account_id: str, key_id: UUID, *, actor: str = "application"
     ) -> Revocation:

@@ -12,6 +12,8 @@ import click
 
 from tfm_guard.cli.failures import Failure, naming, silence_stdout
 from tfm_guard.cli.import_keys import import_
+from tfm_guard.cli.key_views import list_, show, verify
+from tfm_guard.cli.revoking import revoke
 from tfm_guard.clock import SystemClock
 from tfm_guard.errors import Refusal
 
@@ -59,10 +61,11 @@ class Moment(click.ParamType[datetime]):
 
 @click.group()
 def keys() -> None:
-    """Create API keys."""
+    """Create, import, list, verify and revoke API keys."""
 
 
-keys.add_command(import_)
+for command in (import_, list_, revoke, show, verify):
+    keys.add_command(command)
 
 
 @keys.command()

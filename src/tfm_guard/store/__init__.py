@@ -1,15 +1,19 @@
 """The store: keys and all that is kept about them, in SQLite or PostgreSQL."""
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
+from tfm_guard.store.inspection import Look
+from tfm_guard.store.schema import HEAD
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import Account, Holding, PrefixTaken, Transaction
 
 __all__ = [
+    "HEAD",
     "MARKED",
     "Account",
     "FeedState",
     "Holding",
     "Installation",
+    "Look",
     "Member",
     "Place",
     "PrefixTaken",

@@ -1,7 +1,7 @@
 """The store as the other parts see it."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -13,10 +13,14 @@ from tfm_guard.records import ApiKey, Change, StoredKey
 from tfm_guard.store import feed, schema, upgrade
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
+from tfm_guard.store.inspection import Look, find_faults, look, prune_changes
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.transaction import Holding, Transaction, is_active, read_holdings
 
 T = TypeVar("T")
+
+_CHECKING_SECONDS: Final = 600.0
+_PRUNED_AT_ONCE: Final = 10_000  # so that no transaction takes long
 
 # For one transaction: how long it may wait for a lock, and how long a writer that stalls with
 # locks held keeps others waiting. Both end below the deadline of a write.
@@ -66,6 +70,31 @@ class Store:
 
     async def close(self) -> None:
         await self._database.close()
+
+    async def look(self) -> Look | None:
+        """Return what the database looks like; none if its file does not exist. Makes nothing."""
+        if not self._database.has_file():
+            return None
+        self._database.adopt_file()
+        return await self._database.read(lambda c: look(c, self._now()))
+
+    async def find_faults(self) -> list[str]:
+        """Return, in words, everything in the tables that cannot be so. `look` first."""
+        return await self._database.read(
+            lambda c: find_faults(c, self._now()), seconds=_CHECKING_SECONDS
+        )
+
+    async def prune_changes(self, seconds: float) -> int:
+        """Remove the changes that are older than *seconds*; return how many. `look` first."""
+
+        async def run(connection: AsyncConnection) -> int:
+            before = await self._begin(connection) - timedelta(seconds=seconds)
+            return await prune_changes(connection, before, _PRUNED_AT_ONCE)
+
+        removed = 0
+        while more := await self._database.write(run):
+            removed += more
+        return removed
 
     async def find_keys(self, prefixes: Iterable[str]) -> dict[str, StoredKey]:
         """Return the rows of those *prefixes* that exist, by prefix."""
