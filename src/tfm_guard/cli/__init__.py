@@ -9,9 +9,11 @@ from tfm_guard import __version__
 from tfm_guard.cli.accounts import accounts
 from tfm_guard.cli.database import db
 from tfm_guard.cli.demo import demo
+from tfm_guard.cli.doctor import doctor
 from tfm_guard.cli.failures import Program
 from tfm_guard.cli.keys import keys
 from tfm_guard.cli.prove import prove
+from tfm_guard.cli.serve import serve
 
 __all__ = ["main"]
 
@@ -41,5 +43,5 @@ def main() -> None:
     """Manage API keys: the words for `--help` stand above."""
 
 
-for command in (accounts, db, demo, keys, prove):
+for command in (accounts, db, demo, doctor, keys, prove, serve):
     main.add_command(command)
