@@ -33,11 +33,20 @@ def test_these_are_the_commands() -> None:
         ("accounts",),
         ("accounts", "set-plan"),
         ("db",),
+        ("db", "check"),
+        ("db", "prune"),
         ("db", "upgrade"),
         ("demo",),
+        ("doctor",),
         ("keys",),
         ("keys", "create"),
+        ("keys", "import"),
+        ("keys", "list"),
+        ("keys", "revoke"),
+        ("keys", "show"),
+        ("keys", "verify"),
         ("prove",),
+        ("serve",),
     }
 
 

@@ -1,5 +1,8 @@
 """`tfm-guard serve`: the management API in a server of its own."""
 
+import asyncio
+import os
+import socket
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -39,7 +42,9 @@ def serve(host: str, port: int, workers: int) -> None:
         import uvicorn
     except ModuleNotFoundError as error:
         raise Failure("serving needs a server, uvicorn: pip install 'tfm-guard[server]'") from error
-    make_app()  # whatever is wrong with the settings is told here, not by each process
+    # What is wrong is told here, with its exit code, and not by each process over and over.
+    _try_port(host, port)
+    asyncio.run(_try_database())
     uvicorn.run(
         "tfm_guard.cli.serve:make_app",
         factory=True,
@@ -51,6 +56,24 @@ def serve(host: str, port: int, workers: int) -> None:
         server_header=False,
         timeout_graceful_shutdown=_CLOSING_SECONDS,
     )
+
+
+def _try_port(host: str, port: int) -> None:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        cause = os.strerror(error.errno) if (error.errno or 0) > 0 else str(error.strerror)
+        raise Failure(
+            f"{host}, port {port}, cannot be used: {cause}; choose others: --host ADDRESS, --port N"
+        ) from error
+
+
+async def _try_database() -> None:
+    from tfm_guard.guard import Guard
+
+    async with Guard.from_environment():
+        pass
 
 
 def make_app() -> "ASGIApp":
