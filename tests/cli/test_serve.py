@@ -32,8 +32,9 @@ class Served(PrivateServer):
         return {**super().environment(), "TFM_GUARD_DATABASE_URL": self._url}
 
     def answers(self) -> bool:
-        started = self.output_since_start.count("Application startup complete.")
-        return started == self._workers
+        output = self.output_since_start
+        started = output.count("Application startup complete.")
+        return "Uvicorn running on" in output and started == self._workers
 
 
 @pytest.mark.parametrize("workers", [1, 2])

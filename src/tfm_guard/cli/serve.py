@@ -63,7 +63,8 @@ def _try_port(host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        cause = os.strerror(error.errno) if (error.errno or 0) > 0 else str(error.strerror)
+        number = error.errno or 0  # below 0 for a name that leads nowhere
+        cause = os.strerror(number) if number > 0 else error.strerror
         raise Failure(
             f"{host}, port {port}, cannot be used: {cause}; choose others: --host ADDRESS, --port N"
         ) from error
