@@ -262,11 +262,7 @@ class SimDatabase:
         return [change for change, _ in self.tables.changes if seen < change.id <= head]
 
     def changes_since(self, moment: datetime) -> list[Change]:
-        return [
-            change
-            for change, created_at in self.tables.changes
-            if created_at > moment and change.version > 1
-        ]
+        return [change for change, created_at in self.tables.changes if created_at > moment]
 
     def confirm(self, key_id: UUID) -> None:
         row = self.tables.key(key_id)

@@ -152,15 +152,10 @@ async def changes_between(connection: AsyncConnection, seen: int, head: int) -> 
 
 
 async def changes_since(connection: AsyncConnection, now: datetime, seconds: float) -> list[Change]:
-    """Return the changes of the last *seconds* before *now*, in their order, but for creations.
-
-    Nothing is older than version 1 of a key, and an import may just have brought a million.
-    """
+    """Return the changes of the last *seconds* before *now*, in their order."""
     columns = schema.changes.c
     rows = await connection.execute(
-        _CHANGES.where(
-            columns.created_at > now - timedelta(seconds=seconds), columns.version > 1
-        ).order_by(columns.id)
+        _CHANGES.where(columns.created_at > now - timedelta(seconds=seconds)).order_by(columns.id)
     )
     return [Change(*row) for row in rows]
 

@@ -204,7 +204,7 @@ class Store:
         return await self._database.read_feed(lambda c: feed.changes_between(c, seen, head))
 
     async def recent_changes(self, state: FeedState, seconds: float) -> list[Change]:
-        """Return the changes of the last *seconds* before *state*, but for creations."""
+        """Return the changes of the last *seconds* before *state*, in their order."""
         return await self._database.read_feed(lambda c: feed.changes_since(c, state.now, seconds))
 
     async def confirm_revocation(self, key_id: UUID) -> None:
