@@ -41,6 +41,8 @@ from tfm_guard.verifier import Verifier
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from tfm_guard.http.persons import Identify
+
 _log: Final = logging.getLogger(__name__)
 
 # How long a request waits for the guard to open, should it be the first to need it.
@@ -113,12 +115,12 @@ class Guard:
 
     @property
     def keys(self) -> KeyManager:
-        """Creates, lists and revokes keys. The guard must be open."""
+        """Creates, lists, changes, rotates and revokes keys. The guard must be open."""
         return self._opened_parts().keys
 
     @property
     def accounts(self) -> AccountManager:
-        """Puts accounts on plans. The guard must be open."""
+        """Puts accounts on plans, suspends, resumes and erases them. The guard must be open."""
         return self._opened_parts().accounts
 
     @property
@@ -227,12 +229,17 @@ class Guard:
             if self._parts is None:
                 await self._store.close()
 
-    def management_app(self) -> "ASGIApp":
-        """Return the ASGI app that serves `/v1/api-keys/`; it verifies its callers itself."""
+    def management_app(self, *, identify: "Identify | None" = None) -> "ASGIApp":
+        """Return the ASGI app that serves `/v1/api-keys/`; it verifies its callers itself.
+
+        They are keys, and where *identify* is given, also people who are signed in to the host
+        application: an async function that takes Starlette's `HTTPConnection` and returns the
+        `Person`, or none.
+        """
         # Imported here: the HTTP floor stands on this one.
         from tfm_guard.http.management import ManagementApp  # noqa: PLC0415
 
-        return ManagementApp(self)
+        return ManagementApp(self, identify)
 
     async def _open_for_request(self) -> _Parts:
         if self._parts is not None and self._loop is asyncio.get_running_loop():
@@ -370,7 +377,7 @@ class Guard:
             )
             live = LiveConnections(freshness=freshness, holds=self.holds, clock=clock)
             ending.push_async_callback(live.close)
-            accounts = AccountManager(store=store, plans=settings.plans)
+            accounts = AccountManager(store=store, confirmation=confirmation, plans=settings.plans)
             imports = KeyImporter(
                 store=store,
                 hashing=hashing,

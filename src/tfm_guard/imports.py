@@ -18,9 +18,9 @@ from tfm_guard.clock import Clock
 from tfm_guard.errors import InvalidInput, PlanLimitReached, Refusal, Unavailable
 from tfm_guard.hashing import PERMITS, Hashing, read_hash
 from tfm_guard.keys import MAXIMUM_NAME_LENGTH, future, in_utc
-from tfm_guard.records import ApiKey, StoredKey
+from tfm_guard.records import Actor, ApiKey, StoredKey
 from tfm_guard.scopes import NO_SCOPE, ScopeRegistry, is_scope
-from tfm_guard.store import Holding, PrefixTaken, Store, Transaction
+from tfm_guard.store import Holding, NewKey, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
 from tfm_guard.token import (
     MARK,
@@ -165,7 +165,7 @@ class KeyImporter:
         keys: Sequence[KeyToImport],
         *,
         beyond_plan: bool = False,
-        actor: str = "application",
+        actor: str | Actor = "application",
     ) -> list[ImportOutcome]:
         """Import *keys* in one transaction, and return what became of each, in their order.
 
@@ -319,47 +319,39 @@ class KeyImporter:
         return await asyncio.gather(*map(hashed, rows))
 
     async def _insert(
-        self, rows: Sequence[_Row], *, beyond_plan: bool, actor: str
+        self, rows: Sequence[_Row], *, beyond_plan: bool, actor: str | Actor
     ) -> dict[int, ImportOutcome]:
         async def insert(transaction: Transaction) -> dict[int, ImportOutcome]:
             held = await transaction.lock_accounts({row.account_id for row in rows})
             accepted, decided = self._decide(rows, held, beyond_plan=beyond_plan)
             # In one order for all, or two imports might each wait for a prefix that the other has.
-            for row in sorted(accepted, key=lambda row: row.prefix):
-                await self._insert_one(transaction, row, actor)
+            accepted.sort(key=lambda row: row.prefix)
+            new = [self._new_key(row, transaction.now, actor) for row in accepted]
+            if new:
+                await transaction.insert_keys(new)
+            for one in new:
+                await _audit(transaction, one.key, actor)
             return decided
 
         decided, _ = await self._store.transact(insert)
         return decided
 
-    async def _insert_one(self, transaction: Transaction, row: _Row, actor: str) -> None:
+    def _new_key(self, row: _Row, now: datetime, actor: str | Actor) -> NewKey:
         key = ApiKey(
             id=UUID(bytes=self._random(16), version=4),
             key_prefix=row.prefix,
             account_id=row.account_id,
             name=row.name,
             scopes=row.scopes,
-            created_at=row.created_at or transaction.now,
+            created_at=row.created_at or now,
             last_used_at=None,
             expires_at=row.expires_at,
             replaced_by=None,
         )
         current = self._digest_keys.current
-        await transaction.insert_key(
-            key,
-            secret_hash=row.secret_hash,
-            digest=None if row.token is None else current.digest(row.token),
-            digest_key_id=None if row.token is None else current.id,
-            created_by=actor,
-        )
-        await transaction.audit(
-            account_id=row.account_id,
-            actor=actor,
-            action="api_key.imported",
-            key_id=key.id,
-            key_name=row.name,
-            meta={"key_prefix": row.prefix, "permissions": sorted(row.scopes)},
-        )
+        digest = None if row.token is None else current.digest(row.token)
+        digest_key_id = None if row.token is None else current.id
+        return NewKey(key, row.secret_hash, digest, digest_key_id, Actor.of(actor).name)
 
     def _decide(
         self, rows: Sequence[_Row], held: Iterable[Holding], *, beyond_plan: bool
@@ -398,3 +390,14 @@ class _Sorted(NamedTuple):
 def _collision() -> ImportOutcome:
     message = "Another key has this prefix, and a prefix belongs to one key for good"
     return ImportOutcome("refused", InvalidInput(("prefix",), "prefix_taken", message))
+
+
+async def _audit(transaction: Transaction, key: ApiKey, actor: str | Actor) -> None:
+    await transaction.audit(
+        account_id=key.account_id,
+        actor=actor,
+        action="api_key.imported",
+        target_id=key.id,
+        target_name=key.name,
+        meta={"key_prefix": key.key_prefix, "permissions": sorted(key.scopes)},
+    )

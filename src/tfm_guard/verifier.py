@@ -202,7 +202,7 @@ class Verifier:
     def _apply(self, change: Change) -> None:
         self._local.drop(change.prefix.encode())
         self._reader.detach(change.prefix)
-        if change.kind == "created":
+        if change.kind in {"created", "resumed"}:
             self._negative.clear()
 
     def _forget_everything(self) -> None:

@@ -13,8 +13,17 @@ from tests.support.crowd import run_crowd
 from tests.support.keys import create_key, insert_key, revoke_key
 from tests.support.sql import execute
 from tfm_guard.errors import Unavailable
-from tfm_guard.records import Change
-from tfm_guard.store import MARKED, Account, Member, Place, PrefixTaken, Store, Transaction, schema
+from tfm_guard.records import Actor, Change
+from tfm_guard.store import (
+    MARKED,
+    LockedAccount,
+    Member,
+    Place,
+    PrefixTaken,
+    Store,
+    Transaction,
+    schema,
+)
 
 WRITERS = """
 from tests.support.keys import create_key
@@ -79,6 +88,7 @@ async def test_keys_are_found_by_prefix(store: Store) -> None:
         "digest_key_id": "0011223344556677",
         "version": 1,
         "expires_at": expires_at,
+        "replaced_at": None,
         "revoked_at": None,
         "suspended_at": None,
         "read_at": row.read_at,
@@ -214,7 +224,7 @@ async def test_active_keys_are_counted_like_they_are_listed(
 
 async def test_an_account_is_made_when_first_locked(store: Store) -> None:
     """A new account is on the plan "free"; locking it again changes nothing, only set_plan does."""
-    free, pro = Account("acme", "free"), Account("acme", "pro")
+    free, pro = LockedAccount("acme", "free", None), LockedAccount("acme", "pro", None)
     for _ in range(2):
         assert await store.transact(lambda t: t.lock_account("acme")) == (free, [])
     await store.transact(lambda t: t.set_plan("acme", "pro"))
@@ -278,6 +288,28 @@ async def test_the_audit_row_is_complete(store: Store, database_url: str) -> Non
         "created_at": key.created_at,
     }
     assert json.loads(row.meta) == {"key_prefix": "00000001"}
+
+
+async def test_an_audit_row_can_name_a_request_and_an_account(
+    store: Store, database_url: str
+) -> None:
+    """Who acts may come with the id of a request; what is acted on may be an account."""
+
+    async def suspend(transaction: Transaction) -> None:
+        await transaction.audit(
+            account_id="acme",
+            actor=Actor("person:7", "req-1"),
+            action="account.suspended",
+            target_type="account",
+            target_id="acme",
+            target_name="acme",
+            meta={},
+        )
+
+    assert await store.transact(suspend) == (None, [])
+    (row,) = execute(database_url, select(schema.audit))
+    assert (row.actor, row.request_id) == ("person:7", "req-1")
+    assert (row.target_type, row.target_id, row.target_name) == ("account", "acme", "acme")
 
 
 @pytest.mark.parametrize("prefixes", [[], ["00000002"], ["00000002", "00000003"]])

@@ -28,6 +28,7 @@ def key_of(number: int, *, expires_at: datetime | None = EXPIRY) -> VerifiedKey:
         account_id=f"account-{number % 1000}",
         name=f"key {number}",
         expires_at=expires_at,
+        replaced_at=None,
         credentials=CREDENTIALS,
     )
 

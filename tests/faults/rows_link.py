@@ -144,7 +144,7 @@ def _channel(stage: Stage) -> str:
 def _forgery(stage: Stage) -> bytes:
     """Return what would end the valid key, if it were sealed."""
     change = Change(1_000_000, "revoked", stage.valid.prefix, 1_000_000)
-    return msgspec.msgpack.encode(Message((change,), "nobody", ())) + bytes(16)
+    return msgspec.msgpack.encode(Message(bytes(16), (change,), "nobody", ())) + bytes(16)
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def _forged_messages(stage: Stage) -> None:
     revived = Change(1_000_000, "created", stage.key.prefix, 0)
     payloads = [
         _forgery(stage),
-        msgspec.msgpack.encode(Message((revived,), "nobody", ())) + bytes(16),
+        msgspec.msgpack.encode(Message(bytes(16), (revived,), "nobody", ())) + bytes(16),
         b"",
         b"unrevoke",
         bytes(range(256)),

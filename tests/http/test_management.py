@@ -114,7 +114,8 @@ async def test_listing_answers_as_documented(api: Api) -> None:
     assert answer.header("content-type") == "application/json"
     row = (
         rf'{{"id":{ID},"name":"\w+","key_prefix":"[0-9a-f]{{8}}","permissions":\[[^]]*\],'
-        rf'"is_active":true,"last_used_at":null,"created_at":{MOMENT},"expires_at":null}}'
+        rf'"is_active":true,"last_used_at":null,"created_at":{MOMENT},"expires_at":null,'
+        rf'"replaced_by":null}}'
     )
     assert re.fullmatch(rf"\[{row}(,{row}){{4}}\]", answer.body.decode())
     assert [row["name"] for row in answer.json] == ["CI", "sender", "writer", "reader", "manager"]
@@ -385,9 +386,10 @@ OTHER_METHODS: Final = [
     ("PUT", KEYS, {"GET", "HEAD", "POST"}),
     ("DELETE", KEYS, {"GET", "HEAD", "POST"}),
     ("OPTIONS", KEYS, {"GET", "HEAD", "POST"}),
-    ("GET", f"{KEYS}{uuid4()}", {"DELETE"}),
-    ("PATCH", f"{KEYS}{uuid4()}", {"DELETE"}),
-    ("POST", f"{KEYS}{uuid4()}", {"DELETE"}),
+    ("GET", f"{KEYS}{uuid4()}", {"DELETE", "PATCH"}),
+    ("POST", f"{KEYS}{uuid4()}", {"DELETE", "PATCH"}),
+    ("GET", f"{KEYS}{uuid4()}/rotate", {"POST"}),
+    ("GET", f"{KEYS}self/revoke", {"POST"}),
 ]
 
 
@@ -406,7 +408,7 @@ async def test_a_revoked_key_stays_revoked(api: Api) -> None:
     await api.call("DELETE", path)
     for method in ("PATCH", "PUT", "POST", "DELETE"):
         answer = await api.call(method, path, {"is_active": True, "revoked_at": None})
-        assert answer.status in (404, 405)
+        assert answer.status in (404, 405, 422)
     assert (await api.call("GET", caller="sender")).code == "invalid_token"
 
 
@@ -463,6 +465,38 @@ async def test_the_audit_log_names_who_did_it(api: Api) -> None:
         ("acme", manager, "api_key.created", *what, f'{{{prefix},"permissions":["send"]}}'),
         ("acme", writer, "api_key.revoked", *what, f"{{{prefix}}}"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ([], None),
+        ([b"f0-9_/ {}~"], "f0-9_/ {}~"),
+        ([b"x" * 128], "x" * 128),
+        ([b"x" * 129], None),
+        ([b""], None),
+        ([b"a\tb"], None),
+        ([b"caf\xc3\xa9"], None),
+        ([b"a\x7f"], None),
+        ([b"one", b"two"], None),
+    ],
+)
+async def test_the_audit_log_keeps_the_id_of_the_request(
+    api: Api, sent: list[bytes], kept: str | None
+) -> None:
+    """One X-Request-ID of 1 to 128 printable ASCII characters is logged, anything else ignored."""
+    headers = [(b"x-request-id", each) for each in sent]
+    scope = http_scope("POST", KEYS, [*bearer(api.tokens["manager"]), *headers])
+    created = (await call(api.guard.management_app(), scope, b'{"name":"CI"}')).json
+    scope = http_scope(
+        "DELETE", f"{KEYS}{created['id']}", [*bearer(api.tokens["writer"]), *headers]
+    )
+    assert (await call(api.guard.management_app(), scope, b"")).status == 204
+    audit = schema.audit.c
+    rows = execute(
+        api.url, select(audit.request_id).where(audit.target_id == created["id"]).order_by(audit.id)
+    )
+    assert [row.request_id for row in rows] == [kept, kept]
 
 
 async def test_a_client_over_http(api: Api) -> None:

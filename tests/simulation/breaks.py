@@ -270,15 +270,8 @@ UNNOTICED: dict[str, Callable[[], Undo]] = {
     "any acknowledgement counts": Break(
         Link,
         "_handle_acknowledgement",
-        "for collected in self._awaited.get(acknowledgement.change, ()):",
-        "for collected in [c for several in self._awaited.values() for c in several]:",
-    ),
-    "an acknowledgement names the number of a change alone": Break(
-        Link,
-        "_handle_acknowledgement",
-        "for collected in self._awaited.get(acknowledgement.change, ()):",
-        "for collected in [c for change, several in self._awaited.items() for c in several"
-        " if change.id == acknowledgement.change.id]:",
+        "if collected is not None:",
+        "for collected in self._awaited.values():",
     ),
     "who was struck off is not told on the link": Break(
         Link, "_handle_message", "if self._freshness.worker_id in message.struck_off:", "if False:"
@@ -368,7 +361,6 @@ FOCUS: dict[str, tuple[Fault, ...]] = {
     "a read of the feed counts for ever": (faults.cut_from_database,),
     "an entry from Redis counts without a lease": (faults.pause,),
     "refusals are remembered without a lease": (faults.cut_from_database,),
-    "an acknowledgement names the number of a change alone": (faults.leave_half_open, faults.crash),
     "memory is filled although the floor moved": (faults.pause,),
     "who refused a revoked key may accept it": (faults.pause,),
     "revoking takes every link to have been told": _LONELY,

@@ -16,9 +16,10 @@ from tfm_guard.errors import Unavailable
 from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
 from tfm_guard.store import (
     MARKED,
-    Account,
     FeedState,
     Installation,
+    LockedAccount,
+    LockedKey,
     Member,
     Place,
     PrefixTaken,
@@ -49,6 +50,7 @@ class KeyRow:
     created_by: str
     expires_at: datetime | None
     replaced_by: UUID | None = None
+    replaced_at: datetime | None = None
     revoked_at: datetime | None = None
     confirmed_at: datetime | None = None
 
@@ -100,10 +102,10 @@ class SimTransaction:
         self._effects: list[Callable[[], None]] = []
         self._number = 0  # of its change, if it was taken before the commit
 
-    async def lock_account(self, account_id: str) -> Account:
+    async def lock_account(self, account_id: str) -> LockedAccount:
         plans = self._tables.plans
         self._effects.append(lambda: plans.update({account_id: plans.get(account_id, "free")}))
-        return Account(account_id, plans.get(account_id, "free"))
+        return LockedAccount(account_id, plans.get(account_id, "free"), None)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         self._effects.append(lambda: self._tables.plans.update({account_id: plan}))
@@ -136,21 +138,23 @@ class SimTransaction:
         self._effects.append(lambda: self._tables.keys.update({row.prefix: row}))
         self._pending.append(("created", key.key_prefix, 1))
 
-    async def lock_key(self, account_id: str, key_id: UUID) -> KeyRow | None:
+    async def lock_key(self, account_id: str, key_id: UUID) -> LockedKey | None:
         row = self._tables.key(key_id)
-        return replace(row) if row is not None and row.account_id == account_id else None
+        if row is None or row.account_id != account_id:
+            return None
+        return LockedKey(*(getattr(row, name) for name in LockedKey._fields))
 
-    async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
-        row = self._tables.key(key_id)
-        if row is not None:
-            self._effects.append(lambda: vars(row).update(revoked_at=self.now, version=version))
-        self._pending.append(("revoked", prefix, version))
+    async def change_key(self, kind: ChangeKind, key: LockedKey, **values: Any) -> None:
+        row = self._tables.keys[key.prefix]
+        values["version"] = key.version + 1
+        self._effects.append(lambda: vars(row).update(values))
+        self._pending.append((kind, key.prefix, key.version + 1))
 
     async def head(self) -> int:
         return self._tables.head
 
-    async def audit(self, *, action: str, key_id: UUID, **_: Any) -> None:
-        self._effects.append(lambda: self._tables.audit.append((action, key_id)))
+    async def audit(self, *, action: str, target_id: UUID, **_: Any) -> None:
+        self._effects.append(lambda: self._tables.audit.append((action, target_id)))
 
     def commit(self) -> None:
         """Have all effects take place, and number the changes in the same moment."""

@@ -88,7 +88,7 @@ class Questions:
                 found = await transaction.lock_key(account_id, key_id)
                 scopes = await transaction.active_scopes(account_id, key_id)
                 if found is not None:
-                    await transaction.revoke_key(key_id, prefix, found.version + 1)
+                    await transaction.change_key("revoked", found, revoked_at=transaction.now)
                     found = found.version, found.revoked_at is None, found.confirmed_at is None
                 return found, scopes, await transaction.head()
 

@@ -189,7 +189,7 @@ def no_account_lock() -> Undo:
     """Two changes of one account's keys may run at the same time."""
 
     async def lock_account(self: Any, account_id: str) -> Any:
-        return transaction.Account(account_id, "free")
+        return transaction.LockedAccount(account_id, "free", None)
 
     return put(transaction.Transaction, "lock_account", lock_account)
 

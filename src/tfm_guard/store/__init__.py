@@ -4,17 +4,28 @@ from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.inspection import Look
 from tfm_guard.store.schema import HEAD
 from tfm_guard.store.store import Installation, Store
-from tfm_guard.store.transaction import Account, Holding, PrefixTaken, Transaction
+from tfm_guard.store.transaction import (
+    ERASED_ACCOUNT,
+    Holding,
+    LockedAccount,
+    LockedKey,
+    NewKey,
+    PrefixTaken,
+    Transaction,
+)
 
 __all__ = [
+    "ERASED_ACCOUNT",
     "HEAD",
     "MARKED",
-    "Account",
     "FeedState",
     "Holding",
     "Installation",
+    "LockedAccount",
+    "LockedKey",
     "Look",
     "Member",
+    "NewKey",
     "Place",
     "PrefixTaken",
     "Register",

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.store import schema
 from tfm_guard.store.schema import HEAD
-from tfm_guard.store.transaction import is_active
+from tfm_guard.store.transaction import ERASED_ACCOUNT, is_active
 from tfm_guard.store.upgrade import read_revision
 
 _EXAMPLES: Final = 5  # of what is wrong, told by their prefixes
@@ -18,9 +18,6 @@ _SETTINGS: Final = frozenset(
 )
 _SECRETS: Final = frozenset({"root", "tag"})
 _DIGEST_BYTES: Final = 16
-
-# The account of keys whose account was erased: kept so that their prefixes stay taken.
-_ERASED: Final = ""
 
 
 class Look(NamedTuple):
@@ -121,7 +118,7 @@ def _key_checks(now: ColumnElement[datetime]) -> Iterator[tuple[str, Select[Any]
         "keys whose successor is missing or of another account",
         prefixes.where(
             key.replaced_by.is_not(None),
-            key.account_id != _ERASED,
+            key.account_id != ERASED_ACCOUNT,
             ~exists().where(other.c.id == key.replaced_by, other.c.account_id == key.account_id),
         ),
     )
@@ -146,7 +143,7 @@ def _key_checks(now: ColumnElement[datetime]) -> Iterator[tuple[str, Select[Any]
     )
     yield (
         "active keys of an account that was erased",
-        prefixes.where(key.account_id == _ERASED, key.revoked_at.is_(None)),
+        prefixes.where(key.account_id == ERASED_ACCOUNT, key.revoked_at.is_(None)),
     )
     yield (
         "keys whose revocation is confirmed, and that are not revoked",

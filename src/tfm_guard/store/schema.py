@@ -86,6 +86,7 @@ keys = Table(
     Column("created_by", Text, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("replaced_by", Uuid),
+    Column("replaced_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("confirmed_at", UtcDateTime),
 )

@@ -9,13 +9,22 @@ from sqlalchemy import ColumnElement, bindparam, func, literal, select, text, up
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
-from tfm_guard.records import ApiKey, Change, StoredKey
+from tfm_guard.records import Account, ApiKey, Change, StoredKey
 from tfm_guard.store import feed, schema, upgrade
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.inspection import Look, find_faults, look, prune_changes
 from tfm_guard.store.schema import UtcDateTime
-from tfm_guard.store.transaction import Holding, Transaction, is_active, read_holdings
+from tfm_guard.store.transaction import (
+    ERASED_ACCOUNT,
+    Holding,
+    Transaction,
+    counts_for_plan,
+    granted,
+    is_active,
+    key_of,
+    read_holdings,
+)
 
 T = TypeVar("T")
 
@@ -110,18 +119,40 @@ class Store:
 
     async def list_keys(self, account_id: str) -> list[ApiKey]:
         """Return the account's active keys, newest first."""
+        keys = schema.keys.c
+        wanted = _ACTIVE_KEYS.where(
+            keys.account_id == account_id, *is_active(self._now())
+        ).order_by(keys.created_at.desc(), keys.id.desc())
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        return [key_of(row, row.last_used_at) for row in rows]
 
-        async def work(connection: AsyncConnection) -> list[ApiKey]:
-            keys = schema.keys.c
-            rows = await connection.execute(
-                select(schema.keys, schema.key_usage.c.last_used_at)
-                .outerjoin(schema.key_usage, schema.key_usage.c.key_id == keys.id)
-                .where(keys.account_id == account_id, *is_active(self._now()))
-                .order_by(keys.created_at.desc(), keys.id.desc())
-            )
-            return [_api_key(row) for row in rows]
+    async def get_key(self, account_id: str, key_id: UUID) -> ApiKey | None:
+        """Return the account's key, if it is active."""
+        keys = schema.keys.c
+        wanted = _ACTIVE_KEYS.where(
+            keys.id == key_id, keys.account_id == account_id, *is_active(self._now())
+        )
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        row = rows.one_or_none()
+        return None if row is None else key_of(row, row.last_used_at)
 
-        return await self._database.read(work)
+    async def list_accounts(self, account_id: str | None = None) -> list[Account]:
+        """Return all accounts by their ids, or only the one with *account_id*, if it exists."""
+        accounts, keys = schema.accounts.c, schema.keys.c
+        active = (
+            select(func.count())
+            .where(keys.account_id == accounts.id, *counts_for_plan(self._now()))
+            .scalar_subquery()
+        )
+        wanted = (
+            select(schema.accounts, active.label("active_keys"))
+            .where(accounts.id != ERASED_ACCOUNT)
+            .order_by(accounts.id)
+        )
+        if account_id is not None:
+            wanted = wanted.where(accounts.id == account_id)
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        return [Account(**row._asdict()) for row in rows]
 
     async def read_holdings(self, account_ids: Iterable[str]) -> list[Holding]:
         """Return the plan of each account, and how many active keys it holds."""
@@ -238,6 +269,9 @@ class Store:
         return func.clock_timestamp(type_=UtcDateTime())
 
 
+_ACTIVE_KEYS: Final = select(schema.keys, schema.key_usage.c.last_used_at).outerjoin(
+    schema.key_usage, schema.key_usage.c.key_id == schema.keys.c.id
+)
 _FIND_KEYS: Final = (
     select(
         *(column for column in schema.keys.c if column.name in {*StoredKey._fields}),
@@ -264,19 +298,5 @@ async def _read_installation(connection: AsyncConnection) -> Installation:
 
 def _stored_key(row: Any) -> StoredKey:
     values = row._asdict()
-    values["scopes"] = frozenset(row.scopes.split())
+    values["scopes"] = granted(row.scopes)
     return StoredKey(**values)
-
-
-def _api_key(row: Any) -> ApiKey:
-    return ApiKey(
-        id=row.id,
-        key_prefix=row.prefix,
-        account_id=row.account_id,
-        name=row.name,
-        scopes=frozenset(row.scopes.split()),
-        created_at=row.created_at,
-        last_used_at=row.last_used_at,
-        expires_at=row.expires_at,
-        replaced_by=row.replaced_by,
-    )

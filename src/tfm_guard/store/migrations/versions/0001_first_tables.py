@@ -116,6 +116,7 @@ def upgrade() -> None:
         sa.Column("created_by", sa.Text(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=True),
         sa.Column("replaced_by", sa.Uuid(), nullable=True),
+        sa.Column("replaced_at", UtcDateTime(), nullable=True),
         sa.Column("revoked_at", UtcDateTime(), nullable=True),
         sa.Column("confirmed_at", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(
