@@ -90,15 +90,10 @@ async def _list(account: str) -> "list[ApiKey]":
 
 
 async def _show(account: str, key: str) -> "ApiKey":
-    from tfm_guard.errors import KeyNotFound
     from tfm_guard.guard import Guard
 
     async with Guard.from_environment() as guard:
-        key_id = await id_of(guard, account, key)
-        for found in await guard.keys.list(account):
-            if found.id == key_id:
-                return found
-    raise KeyNotFound
+        return await guard.keys.get(account, await id_of(guard, account, key))
 
 
 async def _explain(token: str) -> "Explanation":

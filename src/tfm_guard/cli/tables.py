@@ -25,7 +25,12 @@ def print_table(
 
 def print_json(value: Any) -> None:
     """Print *value* as programs read it."""
-    click.echo(json.dumps(value, indent=2, default=_plain))
+    click.echo(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return *value* as programs read it."""
+    return json.dumps(value, indent=2, default=_plain)
 
 
 def short(moment: datetime | None) -> str:
