@@ -11,11 +11,10 @@ import click
 
 from tfm_guard.cli.failures import Failure, naming
 from tfm_guard.cli.import_keys import import_
-from tfm_guard.cli.key_views import as_dict, json_option, list_, show, verify
+from tfm_guard.cli.key_views import json_option, list_, show, verify
 from tfm_guard.cli.new_tokens import print_token, require_stdout
 from tfm_guard.cli.revoking import revoke
 from tfm_guard.cli.rotating import rotate
-from tfm_guard.cli.tables import json_text
 from tfm_guard.clock import SystemClock
 
 if TYPE_CHECKING:
@@ -129,11 +128,7 @@ async def _create(
             expires_at=expires_at,
             actor="command_line",
         )
-        await print_token(
-            guard,
-            created,
-            json_text({"token": created.token, **as_dict(created.key)}) if as_json else None,
-        )
+        await print_token(guard, created, as_json=as_json)
         return created.key
 
 

@@ -1,7 +1,7 @@
 """Printing the token of a new key, which is shown this once; and what to do where that fails."""
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 

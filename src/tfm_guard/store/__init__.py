@@ -3,6 +3,7 @@
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.inspection import Look
 from tfm_guard.store.schema import HEAD
+from tfm_guard.store.signs import HourOfUse, Said, Turn, hour_of, start_of
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
@@ -13,6 +14,7 @@ from tfm_guard.store.transaction import (
     PrefixTaken,
     Transaction,
 )
+from tfm_guard.store.usage import UsageHour
 
 __all__ = [
     "ERASED_ACCOUNT",
@@ -20,6 +22,7 @@ __all__ = [
     "MARKED",
     "FeedState",
     "Holding",
+    "HourOfUse",
     "Installation",
     "LockedAccount",
     "LockedKey",
@@ -29,6 +32,11 @@ __all__ = [
     "Place",
     "PrefixTaken",
     "Register",
+    "Said",
     "Store",
     "Transaction",
+    "Turn",
+    "UsageHour",
+    "hour_of",
+    "start_of",
 ]
