@@ -144,11 +144,11 @@ def left(url: str) -> list[Any]:
 
 def test_old_changes_are_pruned(url: str) -> None:
     """What is older than any memory goes, from the oldest on and without a gap."""
-    assert run(url, "prune").stderr == "Removed 0 changes.\n"
+    assert run(url, "prune").stderr == "Removed rows: 0 of changes, 0 of usage, 0 of audit.\n"
     for change, seconds in ((1, 60), (2, 60), (3, -60), (4, 60)):
         age(url, change, FLOOR_SECONDS + seconds)
     result = run(url, "prune", "--json")
-    assert json.loads(result.stdout) == {"changes": 2}
+    assert json.loads(result.stdout) == {"changes": 2, "usage": 0, "audit": 0}
     assert left(url) == [3, 4]
     assert run(url, "check").exit_code == 0
 
@@ -157,7 +157,7 @@ def test_the_latest_change_stays(url: str) -> None:
     """However old all changes are, the one at the head of the feed is kept."""
     for change in range(1, 5):
         age(url, change, 10 * FLOOR_SECONDS)
-    assert run(url, "prune").stderr == "Removed 3 changes.\n"
+    assert run(url, "prune").stderr == "Removed rows: 3 of changes, 0 of usage, 0 of audit.\n"
     assert left(url) == [4]
     assert run(url, "check").exit_code == 0
 
@@ -168,5 +168,27 @@ def test_many_changes_are_pruned_in_parts(url: str) -> None:
         patch.setattr("tfm_guard.store.store._PRUNED_AT_ONCE", 1)
         for change in range(1, 5):
             age(url, change, 10 * FLOOR_SECONDS)
-        assert run(url, "prune").stderr == "Removed 3 changes.\n"
+        assert run(url, "prune").stderr == "Removed rows: 3 of changes, 0 of usage, 0 of audit.\n"
     assert left(url) == [4]
+
+
+def test_the_audit_log_is_kept_as_long_as_said(url: str) -> None:
+    """Rows of the audit log go after 365 days, or as --audit-days says, but not within 90."""
+    rows = schema.audit
+    for number, days in ((1, 366), (2, 100)):
+        moment = datetime.now(UTC) - timedelta(days=days)
+        execute(url, rows.update().where(rows.c.id == number).values(created_at=moment))
+    assert json.loads(run(url, "prune", "--json").stdout)["audit"] == 1
+    assert run(url, "prune", "--audit-days", "89").exit_code == 2
+    assert json.loads(run(url, "prune", "--audit-days", "90", "--json").stdout)["audit"] == 1
+    assert execute(url, "SELECT id FROM tfm_audit ORDER BY id") == [(3,), (4,)]
+
+
+def test_old_usage_is_pruned(url: str) -> None:
+    """Hours of use go after 92 days."""
+    (key_id, *_), *_ = execute(url, schema.keys.select())
+    for days in (91, 93):
+        hour = datetime.now(UTC) - timedelta(days=days)
+        row = {"key_id": key_id, "hour": hour, "accepted": 1, "refused": 0}
+        execute(url, schema.usage_hours.insert().values(**row))
+    assert json.loads(run(url, "prune", "--json").stdout)["usage"] == 1

@@ -226,6 +226,73 @@ def test_what_is_not_known_to_be_refused_ends_with_3(sqlite_url: str) -> None:
     assert run(sqlite_url, "keys", "revoke", "--account", "acme", prefix(mine)).exit_code == 0
 
 
+def test_a_new_key_is_json_for_programs(sqlite_url: str) -> None:
+    """With --json `keys create` prints the key together with its token."""
+    arguments = ("--account", "acme", "--name", "CI", "--json")
+    told = json.loads(run(sqlite_url, "keys", "create", *arguments).stdout)
+    assert told["key_prefix"] == prefix(told["token"])
+    assert verify(sqlite_url, told["token"])[1]["key"]["id"] == told["id"]
+
+
+def test_a_key_is_rotated(database_url: str) -> None:
+    """`keys rotate` prints the token of the successor alone; both work until the grace ends."""
+    old = create(database_url)
+    rotate = ("keys", "rotate", "--account", "acme")
+    done = run(database_url, *rotate, prefix(old), "--grace", "2h")
+    assert done.exit_code == 0
+    new = done.stdout.removesuffix("\n")
+    assert done.stderr == (
+        f'The key "CI" ({prefix(new)}) of account "acme" takes the place of {prefix(old)}, '
+        "which works on for 2:00:00.\nKeep its token now: it is not shown again.\n"
+    )
+    assert [verify(database_url, token)[0] for token in (old, new)] == [0, 0]
+    (successor, replaced) = json.loads(
+        run(database_url, "keys", "list", "--account", "acme", "--json").stdout
+    )
+    assert replaced["replaced_by"] == successor["id"]
+    again = run(database_url, *rotate, prefix(old))
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert run(database_url, "db", "check").exit_code == 0
+
+
+def test_a_rotated_key_is_json_for_programs(sqlite_url: str) -> None:
+    """With --json the successor comes with its token, its predecessor, and what is sure."""
+    old = create(sqlite_url)
+    rotate = ("keys", "rotate", "--account", "acme", prefix(old), "--grace", "0m", "--json")
+    told = json.loads(run(sqlite_url, *rotate).stdout)
+    assert told["confirmed"] is True
+    assert verify(sqlite_url, told["token"])[0] == 0
+    key = verify(sqlite_url, old)[1]
+    assert (key["reason"], key["key"]["id"]) == ("expired", told["replaces"])
+
+
+@pytest.mark.parametrize(("grace", "code"), [("8d", 1), ("1w", 2), ("-1h", 2), ("soon", 2)])
+def test_a_grace_that_cannot_be_is_told(sqlite_url: str, grace: str, code: int) -> None:
+    """A grace is 0 to 7 days; a longer one is refused by the option's name."""
+    old = create(sqlite_url)
+    result = run(sqlite_url, "keys", "rotate", "--account", "acme", prefix(old), f"--grace={grace}")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert "--grace" in result.stderr
+
+
+def test_a_successor_whose_token_is_lost_is_revoked(sqlite_url: str) -> None:
+    """Where stdout takes no token the new key is revoked again, and the code is 1."""
+    old = create(sqlite_url)
+    with open("/dev/full", "w") as full:  # noqa: PTH123  # as a shell does
+        done = subprocess.run(
+            [PROGRAM, "keys", "rotate", "--account", "acme", prefix(old)],
+            env={"TFM_GUARD_DATABASE_URL": sqlite_url, **CHEAP},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.endswith(" was revoked again\n")
+    (left,) = json.loads(run(sqlite_url, "keys", "list", "--account", "acme", "--json").stdout)
+    assert left["key_prefix"] == prefix(old)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

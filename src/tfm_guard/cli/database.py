@@ -4,7 +4,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -13,6 +14,9 @@ from tfm_guard.cli.tables import print_json
 
 if TYPE_CHECKING:
     from tfm_guard.store import Store
+
+# For so long the audit log is shown.
+_SHOWN_DAYS: Final = 90
 
 
 @click.group()
@@ -53,18 +57,27 @@ def check(*, as_json: bool) -> None:
 
 
 @db.command()
+@click.option(
+    "--audit-days",
+    type=click.IntRange(_SHOWN_DAYS, 36_500),
+    default=365,
+    show_default=True,
+    help="How long to keep the audit log.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def prune(*, as_json: bool) -> None:
-    """Remove what is needed no more. Run it regularly.
+def prune(audit_days: int, *, as_json: bool) -> None:
+    """Remove what is needed no more. Run it daily.
 
-    That is each change of a key that every process has long applied: older than 20 minutes, twice
-    as long as anything is remembered. Keys stay, revoked ones too: their prefixes are taken for
-    good.
+    That is: each change of a key that every process has long applied, older than 20 minutes, twice
+    as long as anything is remembered; the use of keys longer than 92 days ago; and the audit log,
+    as far as it is older than you keep it. Keys stay, revoked ones too: their prefixes are taken
+    for good.
     """
-    changes = asyncio.run(_prune())
+    removed = asyncio.run(_prune(timedelta(days=audit_days)))
     if as_json:
-        print_json({"changes": changes})
-    click.echo(f"Removed {changes} change{'' if changes == 1 else 's'}.", err=True)
+        print_json(removed)
+    told = ", ".join(f"{count} of {what}" for what, count in removed.items())
+    click.echo(f"Removed rows: {told}.", err=True)
 
 
 @asynccontextmanager
@@ -103,9 +116,13 @@ async def _check() -> list[str]:
         return await store.find_faults()
 
 
-async def _prune() -> int:
+async def _prune(audit_age: timedelta) -> dict[str, int]:
     from tfm_guard.freshness import FLOOR_SECONDS
 
     async with existing_store() as store:
         await _require_tables(store)
-        return await store.prune_changes(FLOOR_SECONDS)
+        return {
+            "changes": await store.prune_changes(timedelta(seconds=FLOOR_SECONDS)),
+            "usage": await store.prune_usage(),
+            "audit": await store.prune_audit(audit_age),
+        }

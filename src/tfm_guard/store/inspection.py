@@ -76,6 +76,14 @@ async def prune_changes(connection: AsyncConnection, before: datetime, most: int
     return removed.rowcount
 
 
+async def prune_audit(connection: AsyncConnection, before: datetime, most: int) -> int:
+    """Remove up to *most* rows of the audit log from before that moment; return how many."""
+    audit = schema.audit.c
+    old = select(audit.id).where(audit.created_at < before).order_by(audit.id).limit(most)
+    removed = await connection.execute(delete(schema.audit).where(audit.id.in_(old)))
+    return removed.rowcount
+
+
 async def _feed_faults(connection: AsyncConnection) -> list[str]:
     # In one statement, or a change made in between would look like a fault.
     changes = schema.changes.c

@@ -25,7 +25,7 @@ from tfm_guard.records import Account, ApiKey, AuditEvent, AuditRow, Change, Sto
 from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
-from tfm_guard.store.inspection import Look, find_faults, look, prune_changes
+from tfm_guard.store.inspection import Look, find_faults, look, prune_audit, prune_changes
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.signs import HourOfUse, Said, Turn
 from tfm_guard.store.transaction import (
@@ -107,12 +107,22 @@ class Store:
             lambda c: find_faults(c, self._now()), seconds=_CHECKING_SECONDS
         )
 
-    async def prune_changes(self, seconds: float) -> int:
-        """Remove the changes that are older than *seconds*; return how many. `look` first."""
+    async def prune_changes(self, older_than: timedelta) -> int:
+        """Remove the changes that are older; return how many. `look` first."""
+        return await self._prune_with(prune_changes, older_than)
 
+    async def prune_audit(self, older_than: timedelta) -> int:
+        """Remove the rows of the audit log that are older; return how many. `look` first."""
+        return await self._prune_with(prune_audit, older_than)
+
+    async def _prune_with(
+        self,
+        prune: Callable[[AsyncConnection, datetime, int], Awaitable[int]],
+        older_than: timedelta,
+    ) -> int:
         async def run(connection: AsyncConnection) -> int:
-            before = await self._begin(connection) - timedelta(seconds=seconds)
-            return await prune_changes(connection, before, _PRUNED_AT_ONCE)
+            before = await self._begin(connection) - older_than
+            return await prune(connection, before, _PRUNED_AT_ONCE)
 
         removed = 0
         while more := await self._database.write(run):
