@@ -31,8 +31,8 @@ It is read from the environment alone, as it may hold a password:
     epilog="""\b
 Exit codes:
   0  done
-  1  refused or failed; stderr says why
-  2  the command line could not be read
+  1  refused or failed, in whole or in part; stderr says why
+  2  the command line could not be read, or has a token in it
   3  cannot be done, or be shown, now; try again
   4  prove: a deleted key was accepted, or a valid one refused
 130  ended by Ctrl-C before it was done
