@@ -266,7 +266,7 @@ async def test_a_rehearsal_says_the_same_and_imports_nothing(database_url: str) 
     """Over several batches a rehearsal tells of each key what the import then makes of it."""
     keys = [by_hash(token_number(n % 150), account_id=f"account {n % 60}") for n in range(300)]
     keys[20] = by_hash(token_number(20), name="")
-    async with new_guard(database_url, plans={"free": 3}) as guard:
+    async with new_guard(database_url, plans={"free": 2}) as guard:
         await guard.imports.add(keys[:10])
         rehearsed: list[ImportOutcome] = []
         with guard.imports.rehearsal() as rehearsal:
@@ -331,6 +331,7 @@ async def test_two_imports_never_exceed_a_plan(database_url: str) -> None:
         new_guard(database_url, plans={"free": 10}) as one,
         new_guard(database_url, plans={"free": 10}) as other,
     ):
+        await one.accounts.set_plan("acme", "free")  # its making would be a lock, too
         await asyncio.gather(
             add_all(one, [by_hash(token_number(n)) for n in range(8)]),
             add_all(other, [by_hash(token_number(n)) for n in range(8, 16)]),
