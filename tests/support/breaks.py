@@ -261,12 +261,12 @@ def commits_early() -> Undo:
     """A revocation is committed before its row in the feed is written."""
 
     async def revoke_key(self: Any, key_id: Any, prefix: str, version: int) -> None:
-        async with self._connection.engine.begin() as own:
-            await own.execute(
-                update(schema.keys)
-                .where(schema.keys.c.id == key_id)
-                .values(revoked_at=self.now, version=version)
-            )
+        await self._connection.execute(
+            update(schema.keys)
+            .where(schema.keys.c.id == key_id)
+            .values(revoked_at=self.now, version=version)
+        )
+        await self._connection.exec_driver_sql("COMMIT")  # PostgreSQL's driver then begins anew
         self._pending.append(("revoked", prefix, version))
 
     return put(transaction.Transaction, "revoke_key", revoke_key)
