@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from tfm_guard.guard import Guard
     from tfm_guard.http.middleware import APIKeyMiddleware
     from tfm_guard.http.requires import requires
-    from tfm_guard.records import VerifiedKey
+    from tfm_guard.records import Person, VerifiedKey
 
-__all__ = ["APIKeyMiddleware", "Guard", "VerifiedKey", "requires"]
+__all__ = ["APIKeyMiddleware", "Guard", "Person", "VerifiedKey", "requires"]
 __version__ = "0.1.0"
 
 # Where each public name lives. It is imported when it is first asked for, so that what needs
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES: Final = {
     "APIKeyMiddleware": "tfm_guard.http.middleware",
     "Guard": "tfm_guard.guard",
+    "Person": "tfm_guard.records",
     "VerifiedKey": "tfm_guard.records",
     "requires": "tfm_guard.http.requires",
 }

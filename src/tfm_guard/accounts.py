@@ -1,21 +1,43 @@
 """Managing accounts, which own keys and are on a plan."""
 
-from collections.abc import Mapping
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, TypeVar
 
-from tfm_guard.errors import InvalidInput
-from tfm_guard.store import Store, Transaction
+from tfm_guard.confirmation import Confirmation
+from tfm_guard.errors import AccountNotFound, InvalidInput
+from tfm_guard.records import Account, Actor, Change, Revocation
+from tfm_guard.store import LockedAccount, Store, Transaction
 from tfm_guard.text import plain_text
+
+T = TypeVar("T")
 
 MAXIMUM_ID_LENGTH: Final = 255
 
 
 class AccountManager:
-    """Puts accounts on plans. An account that was never mentioned is on the plan "free"."""
+    """Puts accounts on plans, suspends, resumes and erases them.
 
-    def __init__(self, *, store: Store, plans: Mapping[str, int]) -> None:
+    An account that was never mentioned is on the plan "free". *actor* is, everywhere, whom the
+    audit log names.
+    """
+
+    def __init__(
+        self, *, store: Store, confirmation: Confirmation, plans: Mapping[str, int]
+    ) -> None:
         self._store = store
+        self._confirmation = confirmation
         self._plans = plans
+
+    async def list(self) -> list[Account]:
+        """Return all accounts, by their ids."""
+        return await self._store.list_accounts()
+
+    async def get(self, account_id: str) -> Account:
+        """Return the account. Raises `AccountNotFound`."""
+        accounts = await self._store.list_accounts(account_id)
+        if not accounts:
+            raise AccountNotFound(account_id)
+        return accounts[0]
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         """Put *account_id* on *plan*; keys beyond a smaller plan's limit stay.
@@ -33,6 +55,77 @@ class AccountManager:
 
         await self._store.transact(change)
 
+    async def suspend(self, account_id: str, *, actor: str | Actor = "application") -> Revocation:
+        """Have all keys of the account refused until it is resumed; return when they are.
+
+        As when a key is revoked, `NotConfirmed` is raised where that cannot be shown in time, and
+        suspending again joins the wait. Raises `AccountNotFound` and `Unavailable`.
+        """
+
+        async def suspend(transaction: Transaction, account: LockedAccount) -> list[Change]:
+            if account.suspended_at is not None:
+                return await transaction.states(account_id, kind="suspended")
+            await transaction.suspend_account(account_id, transaction.now)
+            await transaction.change_active_keys("suspended", account_id)
+            await _audit(transaction, account_id, actor, "suspended")
+            return []
+
+        earlier, changes = await self._store.transact(self._on(account_id, suspend))
+        return await self._confirmation.wait(earlier or changes)
+
+    async def resume(self, account_id: str, *, actor: str | Actor = "application") -> None:
+        """Have the keys of a suspended account accepted again. Does nothing for any other.
+
+        Raises `AccountNotFound` and `Unavailable`.
+        """
+
+        async def resume(transaction: Transaction, account: LockedAccount) -> None:
+            if account.suspended_at is None:
+                return
+            await transaction.suspend_account(account_id, None)
+            await transaction.change_active_keys("resumed", account_id)
+            await _audit(transaction, account_id, actor, "resumed")
+
+        await self._store.transact(self._on(account_id, resume))
+
+    async def erase(self, account_id: str) -> None:
+        """Revoke all keys of the account, then delete what is known of it, its audit log included.
+
+        Only the prefixes of its keys stay taken. Raises `NotConfirmed` where it cannot be shown in
+        time that the keys are refused everywhere; erasing again goes on from there. Raises
+        `AccountNotFound` and `Unavailable`.
+        """
+
+        async def revoke(transaction: Transaction, _: LockedAccount) -> None:
+            await transaction.revoke_keys(account_id)
+
+        async def states(transaction: Transaction, _: LockedAccount) -> list[Change]:
+            return await transaction.states(account_id, kind="revoked")
+
+        async def erase(transaction: Transaction, _: LockedAccount) -> bool:
+            return await transaction.erase_account(account_id)
+
+        erased = False
+        while not erased:  # a key may have been created meanwhile
+            await self._store.transact(self._on(account_id, revoke))
+            # Those too that were revoked earlier, which may not have been confirmed.
+            changes, _ = await self._store.transact(self._on(account_id, states))
+            await self._confirmation.wait(changes)
+            erased, _ = await self._store.transact(self._on(account_id, erase))
+
+    def _on(
+        self, account_id: str, work: Callable[[Transaction, LockedAccount], Awaitable[T]]
+    ) -> Callable[[Transaction], Awaitable[T]]:
+        """Return *work* on the account, which is held, as a transaction."""
+
+        async def run(transaction: Transaction) -> T:
+            account = await transaction.lock_known_account(account_id)
+            if account is None:
+                raise AccountNotFound(account_id)
+            return await work(transaction, account)
+
+        return run
+
 
 def check_account_id(account_id: str) -> None:
     """Raise `InvalidInput` unless *account_id* is 1 to 255 plain characters, without blanks around.
@@ -41,3 +134,17 @@ def check_account_id(account_id: str) -> None:
     """
     if plain_text(account_id, field="account_id", most=MAXIMUM_ID_LENGTH) != account_id:
         raise InvalidInput(("account_id",), "string_blank", "Blanks around it are not allowed")
+
+
+async def _audit(
+    transaction: Transaction, account_id: str, actor: str | Actor, action: str
+) -> None:
+    await transaction.audit(
+        account_id=account_id,
+        actor=actor,
+        action=f"account.{action}",
+        target_type="account",
+        target_id=account_id,
+        target_name=account_id,
+        meta={},
+    )

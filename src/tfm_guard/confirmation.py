@@ -60,7 +60,7 @@ class Confirmation:
         self._clock = clock
         self._lease = installation.lease
         self._unfed = installation.unfed
-        self._running: dict[tuple[str, int], asyncio.Task[Revocation]] = {}
+        self._running: dict[frozenset[tuple[str, int]], asyncio.Task[Revocation]] = {}
         self._next_reading: asyncio.Task[Register | None] | None = None
         self._reading: asyncio.Task[Register | None] | None = None
         self._closed = False
@@ -76,25 +76,28 @@ class Confirmation:
             await asyncio.wait(pending)
 
     async def wait(
-        self, changes: Sequence[Change], *, confirmed: Callable[[], Awaitable[None]]
+        self, changes: Sequence[Change], *, confirmed: Callable[[], Awaitable[None]] | None = None
     ) -> Revocation:
         """Return when no process acts on anything older than *changes*, which are committed.
 
-        *confirmed* is called before, to record it. Those who wait for the same last change wait
-        together. Raises `NotConfirmed` after `CONFIRM_SECONDS`: then the work goes on, and can be
-        joined again.
+        *confirmed*, if any, is called before, to record it. Those who wait for the same states of
+        the same keys wait together. Raises `NotConfirmed` after `CONFIRM_SECONDS`: then the work
+        goes on, and can be joined again.
         """
+        if not changes:
+            return Revocation(how="acknowledged", workers=0, seconds=0.0)
         for change in changes:
             # It may have been committed by another process, or have been cancelled just then.
             self._freshness.apply(change)
         if self._closed:
             raise NotConfirmed
-        last = changes[-1].prefix, changes[-1].version
-        task = self._running.get(last)
+        # Not by their numbers: asking again, they have the number of the latest change.
+        states = frozenset((change.prefix, change.version) for change in changes)
+        task = self._running.get(states)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._confirm(changes, confirmed))
-            self._running[last] = task
-            task.add_done_callback(lambda _: self._running.pop(last))
+            self._running[states] = task
+            task.add_done_callback(lambda _: self._running.pop(states))
         done = asyncio.Event()
         task.add_done_callback(lambda _: done.set())
         await self._clock.sleep(CONFIRM_SECONDS, unless=done)
@@ -103,18 +106,19 @@ class Confirmation:
         return task.result()
 
     async def _confirm(
-        self, changes: Sequence[Change], confirmed: Callable[[], Awaitable[None]]
+        self, changes: Sequence[Change], confirmed: Callable[[], Awaitable[None]] | None
     ) -> Revocation:
         with contextlib.ExitStack() as stack:
             telling, acknowledged = None, Acknowledgements()
             if self._link is not None:
-                acknowledged = stack.enter_context(self._link.acknowledgements(changes[-1]))
-                telling = Telling(self._link, changes, self._clock)
+                message_id, acknowledged = stack.enter_context(self._link.acknowledgements())
+                telling = Telling(self._link, message_id, changes, self._clock)
                 stack.callback(telling.stop)
             watch = Watch(changes[-1].id, telling, self._clock, self._lease, self._unfed)
             revocation = await self._watch(watch, acknowledged)
-        with contextlib.suppress(Unavailable):  # then asking again confirms it again
-            await confirmed()
+        if confirmed is not None:
+            with contextlib.suppress(Unavailable):  # then asking again confirms it again
+                await confirmed()
         return revocation
 
     async def _watch(self, watch: "Watch", acknowledged: Acknowledgements) -> Revocation:
@@ -141,7 +145,7 @@ class Confirmation:
         )
 
     async def _read_register(self) -> Register | None:
-        """Return who is in the register but this process; none where that cannot be read.
+        """Return who is in the register; none where that cannot be read.
 
         All who wait share one reading at a time, each one that begins after it was asked for.
         """
@@ -251,8 +255,11 @@ class Watch:
 class Telling:
     """Publishes *changes* on *link* until that has worked; and again when there is more to tell."""
 
-    def __init__(self, link: Link, changes: Sequence[Change], clock: Clock) -> None:
+    def __init__(
+        self, link: Link, message_id: bytes, changes: Sequence[Change], clock: Clock
+    ) -> None:
         self._link = link
+        self._message_id = message_id
         self._changes = changes
         self._clock = clock
         self._struck_off: frozenset[UUID] = frozenset()
@@ -281,7 +288,7 @@ class Telling:
             self._more.clear()
             struck_off = self._struck_off
             try:
-                link = await self._link.tell(self._changes, struck_off=struck_off)
+                link = await self._link.tell(self._message_id, self._changes, struck_off=struck_off)
             except Exception as error:  # noqa: BLE001  # the feed tells them, too
                 _log.debug("a change was not published: %r", error)
                 await self._clock.sleep(_PUBLISHING_PAUSE_SECONDS)

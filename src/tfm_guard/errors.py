@@ -145,6 +145,33 @@ class PlanLimitReached(Refusal):
         )
 
 
+class AlreadyReplaced(Refusal):
+    """The key, or the one that it replaced, is in its grace: one predecessor at a time."""
+
+    code = "already_replaced"
+    status = 409
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class AccountNotFound(GuardError):
+    """Nobody has ever mentioned such an account."""
+
+    def __init__(self, account_id: str) -> None:
+        super().__init__(f"There is no account {account_id!r}.")
+
+
+class NotAllowed(Refusal):
+    """Who is signed in may look, but not change anything."""
+
+    code = "not_allowed"
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__("You may see the API keys of this account, but not change them.")
+
+
 class KeyNotFound(Refusal):
     """The account has no such key, or not any more."""
 

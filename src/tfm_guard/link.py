@@ -13,7 +13,6 @@ import contextlib
 import logging
 import math
 import random
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from hmac import compare_digest
@@ -51,20 +50,17 @@ _MOST_WAITING: Final = 1_024
 class Message(Struct, array_like=True, frozen=True):
     """What a process that changed something tells the others."""
 
+    id: bytes  # random; acknowledgements name it
     changes: tuple[Change, ...]
     reply_to: str  # the channel to acknowledge them on
     struck_off: tuple[UUID, ...]  # processes that have no place in the register any more
 
 
 class Acknowledgement(Struct, array_like=True, frozen=True):
-    """A process says that it has handled a message whose last change is *change*.
-
-    Its number would not do: who joins a wait for an earlier change, of whatever key, takes the
-    number of the latest.
-    """
+    """A process says that it has handled the message with that id, and so all its changes."""
 
     worker_id: UUID
-    change: Change
+    message_id: bytes
 
 
 class Seals:
@@ -119,7 +115,7 @@ class Link:
         self._counters = counters
         self._publisher = Publisher(connect, clock)
         self._asked: dict[bytes, float] = {}  # nonces of PINGs, and when each was sent, monotonic
-        self._awaited: defaultdict[Change, list[Acknowledgements]] = defaultdict(list)
+        self._awaited: dict[bytes, Acknowledgements] = {}  # by the id of the message
         self._running: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
@@ -135,27 +131,28 @@ class Link:
             await _end(self._running)
         await self._publisher.close()
 
-    async def tell(self, changes: Sequence[Change], *, struck_off: Collection[UUID] = ()) -> str:
+    async def tell(
+        self, message_id: bytes, changes: Sequence[Change], *, struck_off: Collection[UUID] = ()
+    ) -> str:
         """Publish *changes* and who was *struck_off*; return the link that they went out on.
 
-        Raises whatever keeps it from going out.
+        They go out together, as they were made: who comes to listen in between could otherwise
+        acknowledge the last without having heard of the first. Raises whatever keeps it from going
+        out.
         """
-        message = Message(tuple(changes), self._replies, tuple(sorted(struck_off)))
+        message = Message(message_id, tuple(changes), self._replies, tuple(sorted(struck_off)))
         payload = self._seals.seal(self._changes, message)
         return self._name_of(await self._publisher.publish(self._changes, payload))
 
     @contextlib.contextmanager
-    def acknowledgements(self, change: Change) -> "Iterator[Acknowledgements]":
-        """Collect acknowledgements of messages whose last change is *change* meanwhile."""
-        collected = Acknowledgements()
-        self._awaited[change].append(collected)
+    def acknowledgements(self) -> "Iterator[tuple[bytes, Acknowledgements]]":
+        """Give the id of a message to be told, and collect its acknowledgements meanwhile."""
+        message_id = self._random(16)
+        collected = self._awaited[message_id] = Acknowledgements()
         try:
-            yield collected
+            yield message_id, collected
         finally:
-            # By identity: two that have heard of the same processes are equal.
-            others = [other for other in self._awaited.pop(change) if other is not collected]
-            if others:
-                self._awaited[change] = others
+            del self._awaited[message_id]
 
     def _name_of(self, run_id: str) -> str:
         # Processes that seal with different keys do not understand each other for certain.
@@ -247,7 +244,7 @@ class Link:
             self._freshness.apply(change)
         if self._freshness.worker_id in message.struck_off:
             self._freshness.start_afresh()
-        acknowledgement = Acknowledgement(self._freshness.worker_id, message.changes[-1])
+        acknowledgement = Acknowledgement(self._freshness.worker_id, message.id)
         sealed = self._seals.seal(message.reply_to, acknowledgement)
         # Behind the first steps of whatever the changes have set going: closing WebSockets.
         asyncio.get_running_loop().call_soon(self._publisher.publish_soon, message.reply_to, sealed)
@@ -257,7 +254,8 @@ class Link:
         if acknowledgement is None:
             self._counters.link_rejected += 1
             return
-        for collected in self._awaited.get(acknowledgement.change, ()):
+        collected = self._awaited.get(acknowledgement.message_id)
+        if collected is not None:
             collected.add(acknowledgement.worker_id)
 
 

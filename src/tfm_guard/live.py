@@ -85,6 +85,7 @@ class LiveConnection:
     def doubt(self) -> None:
         """Let nothing pass before the key was looked at again."""
         self._doubts += 1
+        self._expires = True  # it may have been given an end
 
     def end(self, refusal: Refusal) -> None:
         """Let nothing pass any more, and break off what waits to."""
@@ -166,9 +167,9 @@ class LiveConnections:
 
     def _apply(self, change: Change) -> None:
         connections = self._by_prefix.get(change.prefix, ())
-        if change.kind == "revoked":
+        if change.kind in {"revoked", "suspended"}:
             for connection in connections:
-                connection.end(InvalidToken("revoked while connected"))
+                connection.end(InvalidToken(f"{change.kind} while connected"))
         else:
             # The news of its creation, for one, may come after the key itself.
             self._doubt(connections)

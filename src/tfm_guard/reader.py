@@ -14,7 +14,14 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.local_cache import LocalCache
-from tfm_guard.records import CacheEntry, Change, KeyCredentials, StoredKey, VerifiedKey
+from tfm_guard.records import (
+    CacheEntry,
+    Change,
+    ChangeKind,
+    KeyCredentials,
+    StoredKey,
+    VerifiedKey,
+)
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
 from tfm_guard.store import Store
 
@@ -198,7 +205,7 @@ class KeyReader:
         if self._still_stands(prefix, beginning):
             age = now - entry.sealed_at
             self._remember(prefix, known, self._clock.monotonic(), MAX_AGE_SECONDS - age)
-        self._learn(prefix, entry)
+        self._learn(prefix, known)
         return known
 
     def _know_row(self, row: StoredKey, digest: bytes, beginning: Beginning) -> Known:
@@ -212,6 +219,7 @@ class KeyReader:
             name=row.name,
             scopes=tuple(sorted(row.scopes)),
             expires_at=row.expires_at,
+            replaced_at=row.replaced_at,
         )
         known = Known(
             entry,
@@ -223,17 +231,22 @@ class KeyReader:
             self._remember(row.prefix, known, beginning.monotonic, MAX_AGE_SECONDS)
             if self._shared is not None:
                 self._shared.put(row.prefix, entry)
-        self._learn(row.prefix, entry)
+        self._learn(row.prefix, known)
         return known
 
-    def _learn(self, prefix: str, entry: CacheEntry) -> None:
-        """Take a revocation that was read for known: who has refused a key does not accept it.
+    def _learn(self, prefix: str, known: Known) -> None:
+        """Take what was read for known: who has refused a key does not accept it afterwards.
 
-        Memory may hold it from before, and a poll begun before the revocation may make memory count
-        again.
+        Memory may hold it as it was before, and a poll begun before it changed may make memory
+        count again.
         """
-        if entry.revoked and entry.version > self._freshness.floor(prefix):
-            self._freshness.apply(Change(_UNNUMBERED, "revoked", prefix, entry.version))
+        entry, remembered = known.entry, self._local.entries.get(prefix.encode())
+        changed = remembered is not None and remembered.key != known.key
+        if (entry.revoked or known.suspended or changed) and entry.version > self._freshness.floor(
+            prefix
+        ):
+            kind: ChangeKind = "revoked" if entry.revoked else "narrowed"
+            self._freshness.apply(Change(_UNNUMBERED, kind, prefix, entry.version))
 
     def _still_stands(self, prefix: str, beginning: Beginning) -> bool:
         return (
@@ -259,7 +272,8 @@ class KeyReader:
             account_id=entry.account_id,
             name=entry.name,
             expires_at=entry.expires_at,
-            credentials=_credentials(entry.scopes, self._realm),
+            replaced_at=entry.replaced_at,
+            credentials=_credentials(entry.scopes, self._realm, entry.replaced_at is not None),
         )
 
 
@@ -267,8 +281,8 @@ _SHARED_OBJECTS: Final = 4096
 
 
 @lru_cache(_SHARED_OBJECTS)
-def _credentials(scopes: tuple[str, ...], realm: str) -> KeyCredentials:
-    return KeyCredentials(frozenset(scopes), realm)
+def _credentials(scopes: tuple[str, ...], realm: str, replaced: bool) -> KeyCredentials:  # noqa: FBT001  # by position, for the cache
+    return KeyCredentials(frozenset(scopes), realm, replaced=replaced)
 
 
 @lru_cache(_SHARED_OBJECTS)

@@ -9,7 +9,9 @@ from msgspec import Struct
 from starlette.authentication import AuthCredentials
 
 # What happened to a key, as the feed of changes names it.
-ChangeKind = Literal["created", "revoked"]
+ChangeKind = Literal[
+    "created", "renamed", "narrowed", "replaced", "suspended", "resumed", "revoked"
+]
 
 # What a row of the audit log can be about, and the one category that rows are in.
 TargetType = Literal["API key", "account"]
@@ -97,6 +99,27 @@ class ApiKey(Struct, frozen=True, kw_only=True):
     replaced_by: UUID | None
 
 
+class Account(Struct, frozen=True, kw_only=True):
+    """An account, and how many of the keys that its plan allows it holds."""
+
+    id: str
+    plan: str
+    suspended_at: datetime | None
+    active_keys: int
+
+
+class Person(Struct, frozen=True, kw_only=True):
+    """Who is signed in, as the host application says.
+
+    A member of *account_id* sees its keys; who *may_manage* them also changes them. *id* is how the
+    audit log names them.
+    """
+
+    account_id: str
+    id: str
+    may_manage: bool
+
+
 class CreatedKey(Struct, frozen=True, kw_only=True):
     """A new key and, this once, its *token*."""
 
@@ -110,8 +133,23 @@ class CreatedKey(Struct, frozen=True, kw_only=True):
         return [("key", self.key)]
 
 
+class RotatedKey(CreatedKey, frozen=True, kw_only=True):
+    """A new key, this once with its *token*, that takes the place of the key *replaces*.
+
+    *confirmed* tells how it was made sure that every process knows when the old key ends. It is
+    none where that could not be shown in time: the token must not be lost for that. Revoking the
+    old key waits for it, and ends the grace.
+    """
+
+    replaces: UUID
+    confirmed: "Revocation | None"
+
+    def __repr__(self) -> str:
+        return f"RotatedKey(token=<hidden>, key={self.key!r}, replaces={str(self.replaces)!r})"
+
+
 class Revocation(Struct, frozen=True, kw_only=True):
-    """How it was made sure that a key is refused everywhere.
+    """How it was made sure that a key is refused everywhere, or is what it has become.
 
     *how* is "acknowledged" when every registered process has applied it, "lease" when some did not
     say so and their trust in what they remember has ended; *workers* counts the registered
@@ -123,15 +161,55 @@ class Revocation(Struct, frozen=True, kw_only=True):
     seconds: float
 
 
+UsageRange = Literal["24h", "7d", "30d", "90d"]
+
+
+class UsageBucket(Struct, frozen=True, kw_only=True):
+    """How many requests of the hour, or the day, from *start* on were *accepted* and *refused*."""
+
+    start: datetime  # UTC
+    accepted: int
+    refused: int
+
+
+class KeyUsage(Struct, frozen=True, kw_only=True):
+    """The use of a key over *range*, by hour or day: every one, the oldest first."""
+
+    range: UsageRange
+    unit: Literal["hour", "day"]
+    accepted: int
+    refused: int
+    buckets: list[UsageBucket]
+
+
+class Tally(Struct, gc=False):
+    """Requests of one *hour*, counted from 1970, with the key *key_id*, that are yet to be added.
+
+    *used_at* is when one was last accepted, in seconds of the database's clock since 1970.
+    """
+
+    key_id: bytes
+    hour: int
+    accepted: int = 0
+    refused: int = 0
+    used_at: float | None = None
+
+
 class KeyCredentials(AuthCredentials):
-    """What a verified key may do: its *scopes*, a sorted tuple, within *realm*. Immutable."""
+    """What a verified key may do: its *scopes*, a sorted tuple, within *realm*. Immutable.
+
+    *replaced* if the key works only for the grace after it was rotated.
+    """
 
     scopes: tuple[str, ...]  # type: ignore[assignment]  # starlette has a list, which could change
     granted: frozenset[str]
     realm: str
+    replaced: bool
 
-    def __init__(self, scopes: frozenset[str], realm: str) -> None:
-        self.__dict__.update(scopes=tuple(sorted(scopes)), granted=scopes, realm=realm)
+    def __init__(self, scopes: frozenset[str], realm: str, *, replaced: bool = False) -> None:
+        self.__dict__.update(
+            scopes=tuple(sorted(scopes)), granted=scopes, realm=realm, replaced=replaced
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"credentials are shared between requests and cannot change {name!r}")
@@ -143,14 +221,15 @@ class KeyCredentials(AuthCredentials):
         return isinstance(other, KeyCredentials) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
-        return hash((self.scopes, self.realm))
+        return hash((self.scopes, self.realm, self.replaced))
 
     def __repr__(self) -> str:
         return f"KeyCredentials({' '.join(self.scopes)!r}, realm={self.realm!r})"
 
 
-# digest, key id, prefix, microseconds from 1970 to its expiry or _NEVER, bytes of account id
-_RECORD: Final = struct.Struct(">16s16s8sqH")
+# digest, key id, prefix, microseconds from 1970 to its expiry or _NEVER, the same for when it was
+# replaced, bytes of account id
+_RECORD: Final = struct.Struct(">16s16s8sqqH")
 _NEVER: Final = -(2**63)  # long before all calendars
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -179,12 +258,19 @@ class VerifiedKey(Struct, frozen=True, gc=False):
         account_id: str,
         name: str,
         expires_at: datetime | None,
+        replaced_at: datetime | None,
         credentials: KeyCredentials,
     ) -> Self:
         """Return the key made of these, with the *digest* of its token."""
         account = account_id.encode()
-        expiry = _NEVER if expires_at is None else (expires_at - _EPOCH) // _MICROSECOND
-        head = _RECORD.pack(digest, key_id.bytes, key_prefix.encode(), expiry, len(account))
+        head = _RECORD.pack(
+            digest,
+            key_id.bytes,
+            key_prefix.encode(),
+            _microseconds(expires_at),
+            _microseconds(replaced_at),
+            len(account),
+        )
         return cls(head + account + name.encode(), credentials)
 
     @property
@@ -210,8 +296,11 @@ class VerifiedKey(Struct, frozen=True, gc=False):
 
     @property
     def expires_at(self) -> datetime | None:
-        expiry: int = _RECORD.unpack_from(self.record)[3]
-        return None if expiry == _NEVER else _EPOCH + expiry * _MICROSECOND
+        return _moment(_RECORD.unpack_from(self.record)[3])
+
+    @property
+    def replaced_at(self) -> datetime | None:
+        return _moment(_RECORD.unpack_from(self.record)[4])
 
     @property
     def is_authenticated(self) -> bool:
@@ -227,7 +316,7 @@ class VerifiedKey(Struct, frozen=True, gc=False):
 
     @property
     def _account_end(self) -> int:
-        length: int = _RECORD.unpack_from(self.record)[4]
+        length: int = _RECORD.unpack_from(self.record)[5]
         return _RECORD.size + length
 
     def __repr__(self) -> str:
@@ -235,6 +324,14 @@ class VerifiedKey(Struct, frozen=True, gc=False):
             f"VerifiedKey(key_prefix={self.key_prefix!r}, account_id={self.account_id!r}, "
             f"scopes={' '.join(self.credentials.scopes)!r})"
         )
+
+
+def _microseconds(moment: datetime | None) -> int:
+    return _NEVER if moment is None else (moment - _EPOCH) // _MICROSECOND
+
+
+def _moment(microseconds: int) -> datetime | None:
+    return None if microseconds == _NEVER else _EPOCH + microseconds * _MICROSECOND
 
 
 class CacheEntry(Struct, frozen=True, array_like=True):
@@ -249,6 +346,7 @@ class CacheEntry(Struct, frozen=True, array_like=True):
     name: str
     scopes: tuple[str, ...]
     expires_at: datetime | None
+    replaced_at: datetime | None
 
     def __repr__(self) -> str:
         return (
@@ -279,6 +377,7 @@ class StoredKey(NamedTuple):
     digest_key_id: str | None
     version: int
     expires_at: datetime | None
+    replaced_at: datetime | None
     revoked_at: datetime | None
     suspended_at: datetime | None
     read_at: datetime

@@ -16,7 +16,7 @@ from tests.support.keys import create_key, insert_key
 from tests.support.servers import wait_until
 from tests.support.sql import execute
 from tfm_guard.errors import Unavailable
-from tfm_guard.store import Account, Store, Transaction, schema
+from tfm_guard.store import LockedAccount, Store, Transaction, schema
 
 
 @contextmanager
@@ -227,7 +227,7 @@ async def test_a_lock_that_is_not_given_in_time_is_tried_again(
     again = asyncio.Event()
     runs = 0
 
-    async def work(transaction: Transaction) -> Account:
+    async def work(transaction: Transaction) -> LockedAccount:
         nonlocal runs
         runs += 1
         if runs == 2:

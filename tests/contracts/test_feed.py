@@ -21,7 +21,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import FLOOR_SECONDS, Freshness
 from tfm_guard.records import Change
-from tfm_guard.store import MARKED, FeedState, Place, Store, schema
+from tfm_guard.store import MARKED, FeedState, Place, Store, Transaction, schema
 from tfm_guard.store import Member as Registered
 from tfm_guard.testing import ManualClock
 
@@ -140,10 +140,16 @@ def change_polls(store: Store, monkeypatch: pytest.MonkeyPatch) -> Wrap:
     return wrap
 
 
-async def bump(store: Store, prefix: str, version: int) -> None:
-    """Bring a key to *version*, as a change that takes something away does."""
+async def bump(store: Store, prefix: str) -> None:
+    """Bring a key to its next version, as a change that takes something away does."""
     key = (await store.find_keys([prefix]))[prefix]
-    await store.transact(lambda t: t.revoke_key(key.id, prefix, version))
+
+    async def change(transaction: Transaction) -> None:
+        locked = await transaction.lock_key(key.account_id, key.id)
+        assert locked is not None
+        await transaction.change_key("revoked", locked, revoked_at=transaction.now)
+
+    await store.transact(change)
 
 
 def age_changes(url: str, seconds: float) -> None:
@@ -197,7 +203,7 @@ async def test_a_change_is_applied_by_the_next_poll(store: Store, member: Member
     """Changes of other processes are applied in their order, once, and become floors."""
     await create_key(store, "00000001")
     await create_key(store, "00000002")
-    await bump(store, "00000001", 2)
+    await bump(store, "00000001")
     assert (member.heard, member.floor("00000001")) == ([], 0)
     await member.poll()
     assert member.heard == [
@@ -345,6 +351,22 @@ async def test_a_failed_return_to_the_register_is_made_up_for(
     await member.poll()
     assert member.is_fresh()
     assert [row.id for row in execute(database_url, WORKERS)] == [member.worker_id]
+
+
+async def test_forgetting_again_and_again_is_told_at_intervals(
+    member: Member, change_polls: Wrap, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that fails to register four times a second says so at once, then every 10 s."""
+    change_polls(lambda _: None)
+    for _ in range(41):
+        with pytest.raises(Unavailable):
+            await member.poll()
+        member.clock.advance(0.25)
+    told = [record.getMessage() for record in caplog.records]
+    assert [message[-10:] for message in told if "starts afresh" in message] == [
+        " (1 times)",
+        "(40 times)",
+    ]
 
 
 async def test_recent_changes_are_floors_from_the_start(store: Store, database_url: str) -> None:

@@ -98,6 +98,7 @@ def entry(
         name=name,
         scopes=("domains:write", "send"),
         expires_at=datetime(2040, 1, 1, tzinfo=UTC),
+        replaced_at=None,
     )
 
 

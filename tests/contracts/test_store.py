@@ -14,7 +14,16 @@ from tests.support.keys import create_key, insert_key, revoke_key
 from tests.support.sql import execute
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import Actor, Change
-from tfm_guard.store import MARKED, Account, Member, Place, PrefixTaken, Store, Transaction, schema
+from tfm_guard.store import (
+    MARKED,
+    LockedAccount,
+    Member,
+    Place,
+    PrefixTaken,
+    Store,
+    Transaction,
+    schema,
+)
 
 WRITERS = """
 from tests.support.keys import create_key
@@ -79,6 +88,7 @@ async def test_keys_are_found_by_prefix(store: Store) -> None:
         "digest_key_id": "0011223344556677",
         "version": 1,
         "expires_at": expires_at,
+        "replaced_at": None,
         "revoked_at": None,
         "suspended_at": None,
         "read_at": row.read_at,
@@ -214,7 +224,7 @@ async def test_active_keys_are_counted_like_they_are_listed(
 
 async def test_an_account_is_made_when_first_locked(store: Store) -> None:
     """A new account is on the plan "free"; locking it again changes nothing, only set_plan does."""
-    free, pro = Account("acme", "free"), Account("acme", "pro")
+    free, pro = LockedAccount("acme", "free", None), LockedAccount("acme", "pro", None)
     for _ in range(2):
         assert await store.transact(lambda t: t.lock_account("acme")) == (free, [])
     await store.transact(lambda t: t.set_plan("acme", "pro"))

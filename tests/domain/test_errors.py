@@ -4,6 +4,7 @@ import pytest
 
 from tfm_guard import errors
 from tfm_guard.errors import (
+    AlreadyReplaced,
     ConfigurationError,
     GuardError,
     InsufficientScope,
@@ -12,6 +13,7 @@ from tfm_guard.errors import (
     InvalidToken,
     KeyNotFound,
     MissingCredentials,
+    NotAllowed,
     NotConfirmed,
     PlanLimitReached,
     Refusal,
@@ -29,6 +31,8 @@ ANSWERS: dict[Refusal, tuple[str, int, str | None, bool, bool]] = {
     ),
     Unavailable("database"): ("unavailable", 503, None, False, True),
     NotConfirmed(): ("unconfirmed", 503, None, False, True),
+    AlreadyReplaced("one at a time"): ("already_replaced", 409, None, False, False),
+    NotAllowed(): ("not_allowed", 403, None, False, False),
     PlanLimitReached(plan="free", limit=2, current=2): (
         *("plan_limit_reached", 403, None, False, False),
     ),

@@ -80,6 +80,7 @@ async def test_a_created_key_is_proven_by_its_token(guard: Guard, database_url: 
         account_id="acme",
         name="CI",
         expires_at=None,
+        replaced_at=None,
         credentials=KeyCredentials(frozenset({"send", "domains:write"}), "api"),
     )
     assert verified.scopes == {"send", "domains:write"}

@@ -299,7 +299,8 @@ async def test_two_keys_that_were_revoked_earlier(new_site: NewSite) -> None:
     for created in keys:
 
         async def revoke(transaction: Any, created: CreatedKey = created) -> None:
-            await transaction.revoke_key(created.key.id, created.key.key_prefix, 2)
+            locked = await transaction.lock_key("acme", created.key.id)
+            await transaction.change_key("revoked", locked, revoked_at=transaction.now)
 
         store = Store(site.url, pool_size=1, clock=first._clock)  # noqa: SLF001
         await store.open()

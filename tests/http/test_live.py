@@ -481,9 +481,9 @@ async def test_it_is_closed_before_it_is_acknowledged(
     await link.start()
     await turns(lambda: wires and wires[0].received == 2)  # subscribed
     other = Change(1, "created", "00000000", 1)
-    telling = asyncio.create_task(link.tell([other]))
+    telling = asyncio.create_task(link.tell(bytes(16), [other]))
     await turns(lambda: len(wires) == 2 and wires[1].received == 1)  # published, not answered
-    news = LinkMessage((Change(2, "revoked", created.key.key_prefix, 2),), "replies", ())
+    news = LinkMessage(bytes(16), (Change(2, "revoked", created.key.key_prefix, 2),), "replies", ())
     peer = Noting(CONNECT)
     async with peer.runs(APIKeyMiddleware(Echo(), guard=guard), socket_scope(created)) as running:
         await peer.sends(ACCEPT)
@@ -602,8 +602,8 @@ async def test_idle_ones_are_looked_into_after_a_flush(
         await revoke_silently(sqlite_url, created)
         await execute(sqlite_url, HIDE)
         freshness_of(guard).start_afresh()
-        # The poll, both that look, and who looks for signs of trouble.
-        await clock.wait_for_sleepers(4)
+        # The poll, what writes usage, who looks for signs of trouble, and both that look.
+        await clock.wait_for_sleepers(5)
         assert peer.sent == [ACCEPT]
         await execute(sqlite_url, SHOW)
         await clock.pass_time(1)
@@ -650,6 +650,7 @@ async def test_closing_the_guard_closes_them(sqlite_url: str) -> None:
         account_id="acme",
         name="CI",
         expires_at=None,
+        replaced_at=None,
         credentials=None,  # type: ignore[arg-type]  # not looked at
     )
     with pytest.raises(Unavailable):

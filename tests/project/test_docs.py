@@ -148,7 +148,7 @@ def test_every_counter_is_named() -> None:
 
 def test_the_rows_of_the_management_api_are_documented() -> None:
     """The README names the fields of the answers that create and list keys."""
-    create, listing, _ = table(README, "call", "needs", "answers")
+    create, listing, *_ = table(README, "call", "needs", "answers")
     assert re.findall(r"`([a-z_]+)`", create[2]) == list(CreatedKeyResponse.__struct_fields__)
     assert re.findall(r"`([a-z_]+)`", listing[2]) == list(KeyRow.__struct_fields__)
 

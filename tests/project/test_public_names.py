@@ -4,11 +4,11 @@ import pytest
 
 import tfm_guard
 
-NAMES = ["APIKeyMiddleware", "Guard", "VerifiedKey", "requires"]
+NAMES = ["APIKeyMiddleware", "Guard", "Person", "VerifiedKey", "requires"]
 
 
 def test_the_public_names_are_these() -> None:
-    """The package offers four names, no more, and each is there."""
+    """The package offers five names, no more, and each is there."""
     assert sorted(tfm_guard.__all__) == NAMES
     for name in NAMES:
         assert getattr(tfm_guard, name).__name__ == name

@@ -4,21 +4,22 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import Unavailable
-from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
+from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey, Tally
 from tfm_guard.store import (
     MARKED,
-    Account,
     FeedState,
     Installation,
+    LockedAccount,
+    LockedKey,
     Member,
     Place,
     PrefixTaken,
@@ -49,6 +50,7 @@ class KeyRow:
     created_by: str
     expires_at: datetime | None
     replaced_by: UUID | None = None
+    replaced_at: datetime | None = None
     revoked_at: datetime | None = None
     confirmed_at: datetime | None = None
 
@@ -74,6 +76,9 @@ class Tables:
     head: int = 0
     sequence: int = 0  # numbers given out by a break, before the commit
     audit: list[tuple[str, UUID]] = field(default_factory=list)
+    flushes: set[UUID] = field(default_factory=set)
+    last_used: dict[UUID, float] = field(default_factory=dict)  # seconds since 1970
+    accepted: dict[UUID, int] = field(default_factory=dict)  # in all hours
     # Whether a key that is inserted comes without a digest, as those from elsewhere do.
     imports: Callable[[], bool] = lambda: False
 
@@ -100,10 +105,10 @@ class SimTransaction:
         self._effects: list[Callable[[], None]] = []
         self._number = 0  # of its change, if it was taken before the commit
 
-    async def lock_account(self, account_id: str) -> Account:
+    async def lock_account(self, account_id: str) -> LockedAccount:
         plans = self._tables.plans
         self._effects.append(lambda: plans.update({account_id: plans.get(account_id, "free")}))
-        return Account(account_id, plans.get(account_id, "free"))
+        return LockedAccount(account_id, plans.get(account_id, "free"), None)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         self._effects.append(lambda: self._tables.plans.update({account_id: plan}))
@@ -136,15 +141,17 @@ class SimTransaction:
         self._effects.append(lambda: self._tables.keys.update({row.prefix: row}))
         self._pending.append(("created", key.key_prefix, 1))
 
-    async def lock_key(self, account_id: str, key_id: UUID) -> KeyRow | None:
+    async def lock_key(self, account_id: str, key_id: UUID) -> LockedKey | None:
         row = self._tables.key(key_id)
-        return replace(row) if row is not None and row.account_id == account_id else None
+        if row is None or row.account_id != account_id:
+            return None
+        return LockedKey(*(getattr(row, name) for name in LockedKey._fields))
 
-    async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
-        row = self._tables.key(key_id)
-        if row is not None:
-            self._effects.append(lambda: vars(row).update(revoked_at=self.now, version=version))
-        self._pending.append(("revoked", prefix, version))
+    async def change_key(self, kind: ChangeKind, key: LockedKey, **values: Any) -> None:
+        row = self._tables.keys[key.prefix]
+        values["version"] = key.version + 1
+        self._effects.append(lambda: vars(row).update(values))
+        self._pending.append((kind, key.prefix, key.version + 1))
 
     async def head(self) -> int:
         return self._tables.head
@@ -178,6 +185,7 @@ class SimDatabase:
         self.installation = installation
         self.on_commit: list[Callable[[list[Change]], None]] = []
         self.on_recorded: list[Callable[[UUID, int], None]] = []
+        self.on_used: list[Callable[[Sequence[Tally]], None]] = []
         self.last_reads: dict[str, float] = {}  # when a key's row was last read, in seconds
         # Whether rows are read as they were, by processes that know of their later change.
         self.stale = False
@@ -216,7 +224,11 @@ class SimDatabase:
 
     def list_keys(self, account_id: str) -> list[ApiKey]:
         rows = (row for row in self.tables.keys.values() if row.account_id == account_id)
-        active = [_api_key(row) for row in rows if is_active(row, self.now)]
+        active = [
+            _api_key(row, self.tables.last_used.get(row.id))
+            for row in rows
+            if is_active(row, self.now)
+        ]
         return sorted(active, key=lambda key: (key.created_at, key.id.hex), reverse=True)
 
     def register(self, worker_id: UUID, name: str) -> None:
@@ -268,6 +280,23 @@ class SimDatabase:
         row = self.tables.key(key_id)
         if row is not None:
             row.confirmed_at = self.now
+
+    def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        tables = self.tables
+        known = {row.id for row in tables.keys.values()}
+        if flush_id in tables.flushes:
+            return
+        tables.flushes.add(flush_id)
+        for listener in self.on_used:
+            listener(tallies)
+        for tally in tallies:
+            key_id = UUID(bytes=tally.key_id)
+            if key_id not in known:
+                continue
+            tables.accepted[key_id] = tables.accepted.get(key_id, 0) + tally.accepted
+            if tally.used_at is not None:
+                last_used = tables.last_used.get(key_id, tally.used_at)
+                tables.last_used[key_id] = max(last_used, tally.used_at)
 
     def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         row = self.tables.key(key_id)
@@ -358,6 +387,9 @@ class SimStore:
     async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         await self._write(lambda: self._database.set_digest(key_id, digest, digest_key_id))
 
+    async def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        await self._write(lambda: self._database.add_usage(flush_id, tallies))
+
     async def _read(self, execute: Callable[[], T]) -> T:
         return await self._ask(READ_SECONDS, execute)
 
@@ -392,7 +424,7 @@ def _stored_key(row: KeyRow, now: datetime) -> StoredKey:
     return StoredKey(**columns, suspended_at=None, read_at=now)
 
 
-def _api_key(row: KeyRow) -> ApiKey:
+def _api_key(row: KeyRow, last_used: float | None) -> ApiKey:
     return ApiKey(
         id=row.id,
         key_prefix=row.prefix,
@@ -400,7 +432,7 @@ def _api_key(row: KeyRow) -> ApiKey:
         name=row.name,
         scopes=row.scopes,
         created_at=row.created_at,
-        last_used_at=None,
+        last_used_at=None if last_used is None else datetime.fromtimestamp(last_used, UTC),
         expires_at=row.expires_at,
         replaced_by=row.replaced_by,
     )

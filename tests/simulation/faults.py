@@ -281,7 +281,7 @@ def _pretend(world: "World", server: RedisServer) -> None:
     with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
         message = msgspec.msgpack.decode(payload[:-16], type=Message)
         for worker_id in world.database.tables.workers:
-            said = Acknowledgement(worker_id, message.changes[-1])
+            said = Acknowledgement(worker_id, message.id)
             body = msgspec.msgpack.encode(said)
             server.publish(message.reply_to.encode(), body + payload[-16:])
 

@@ -3,9 +3,10 @@
 import logging
 from collections.abc import Iterable
 from contextlib import ExitStack
+from email.utils import format_datetime
 from typing import Final
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tfm_guard.bearer import Unreadable, read_token
 from tfm_guard.errors import (
@@ -75,7 +76,9 @@ class APIKeyMiddleware:
                 await self._refuse(refusal, scope, receive, send)
                 return
             scope["user"] = key
-            scope["auth"] = key.credentials
+            scope["auth"] = credentials = key.credentials
+            if credentials.replaced and scope["type"] == "http":
+                send = _announcing_its_end(key, send)
             if scope["type"] in self._live:
                 await self._run_live(key, scope, receive, send)
                 return
@@ -115,6 +118,23 @@ class APIKeyMiddleware:
         if scope["type"] != "lifespan":
             raise ValueError(f"cannot guard a connection of type {scope['type']!r}")
         await run_lifespan(self.app, self._guard, scope, receive, send)
+
+
+def _announcing_its_end(key: VerifiedKey, send: Send) -> Send:
+    """Have the response say since when *key* is replaced, and when it ends (RFC 9745, RFC 8594)."""
+    assert key.replaced_at is not None  # noqa: S101  # it is replaced
+    assert key.expires_at is not None  # noqa: S101  # so it has a grace, which ends
+    headers = [
+        (b"deprecation", b"@%d" % key.replaced_at.timestamp()),
+        (b"sunset", format_datetime(key.expires_at, usegmt=True).encode()),
+    ]
+
+    async def announce(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+        await send(message)
+
+    return announce
 
 
 def _route_path(scope: Scope) -> str:

@@ -3,14 +3,23 @@
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.signs import HourOfUse, Said, Turn, hour_of, start_of
 from tfm_guard.store.store import Installation, Store
-from tfm_guard.store.transaction import Account, PrefixTaken, Transaction
+from tfm_guard.store.transaction import (
+    ERASED_ACCOUNT,
+    LockedAccount,
+    LockedKey,
+    PrefixTaken,
+    Transaction,
+)
+from tfm_guard.store.usage import UsageHour
 
 __all__ = [
+    "ERASED_ACCOUNT",
     "MARKED",
-    "Account",
     "FeedState",
     "HourOfUse",
     "Installation",
+    "LockedAccount",
+    "LockedKey",
     "Member",
     "Place",
     "PrefixTaken",
@@ -19,6 +28,7 @@ __all__ = [
     "Store",
     "Transaction",
     "Turn",
+    "UsageHour",
     "hour_of",
     "start_of",
 ]

@@ -86,6 +86,7 @@ keys = Table(
     Column("created_by", Text, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("replaced_by", Uuid),
+    Column("replaced_at", UtcDateTime),
     Column("revoked_at", UtcDateTime),
     Column("confirmed_at", UtcDateTime),
 )
@@ -102,7 +103,7 @@ usage_hours = Table(
     "tfm_usage_hours",
     metadata,
     Column("key_id", Uuid, primary_key=True),
-    Column("hour", UtcDateTime, primary_key=True),
+    Column("hour", UtcDateTime, primary_key=True, index=True),
     Column("accepted", BigInteger, nullable=False),
     Column("refused", BigInteger, nullable=False),
 )
@@ -185,5 +186,5 @@ flushes = Table(
     "tfm_flushes",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, index=True),
 )

@@ -1,12 +1,14 @@
 """The store as the other parts see it."""
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
+    Delete,
     Interval,
     bindparam,
     func,
@@ -19,13 +21,21 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
-from tfm_guard.records import ApiKey, AuditEvent, AuditRow, Change, StoredKey
-from tfm_guard.store import audit, feed, schema, signs, upgrade
+from tfm_guard.records import Account, ApiKey, AuditEvent, AuditRow, Change, StoredKey, Tally
+from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.signs import HourOfUse, Said, Turn
-from tfm_guard.store.transaction import Transaction, is_active
+from tfm_guard.store.transaction import (
+    ERASED_ACCOUNT,
+    Transaction,
+    counts_for_plan,
+    granted,
+    is_active,
+    key_of,
+)
+from tfm_guard.store.usage import UsageHour
 
 T = TypeVar("T")
 
@@ -92,18 +102,40 @@ class Store:
 
     async def list_keys(self, account_id: str) -> list[ApiKey]:
         """Return the account's active keys, newest first."""
+        keys = schema.keys.c
+        wanted = _ACTIVE_KEYS.where(
+            keys.account_id == account_id, *is_active(self._now())
+        ).order_by(keys.created_at.desc(), keys.id.desc())
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        return [key_of(row, row.last_used_at) for row in rows]
 
-        async def work(connection: AsyncConnection) -> list[ApiKey]:
-            keys = schema.keys.c
-            rows = await connection.execute(
-                select(schema.keys, schema.key_usage.c.last_used_at)
-                .outerjoin(schema.key_usage, schema.key_usage.c.key_id == keys.id)
-                .where(keys.account_id == account_id, *is_active(self._now()))
-                .order_by(keys.created_at.desc(), keys.id.desc())
-            )
-            return [_api_key(row) for row in rows]
+    async def get_key(self, account_id: str, key_id: UUID) -> ApiKey | None:
+        """Return the account's key, if it is active."""
+        keys = schema.keys.c
+        wanted = _ACTIVE_KEYS.where(
+            keys.id == key_id, keys.account_id == account_id, *is_active(self._now())
+        )
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        row = rows.one_or_none()
+        return None if row is None else key_of(row, row.last_used_at)
 
-        return await self._database.read(work)
+    async def list_accounts(self, account_id: str | None = None) -> list[Account]:
+        """Return all accounts by their ids, or only the one with *account_id*, if it exists."""
+        accounts, keys = schema.accounts.c, schema.keys.c
+        active = (
+            select(func.count())
+            .where(keys.account_id == accounts.id, *counts_for_plan(self._now()))
+            .scalar_subquery()
+        )
+        wanted = (
+            select(schema.accounts, active.label("active_keys"))
+            .where(accounts.id != ERASED_ACCOUNT)
+            .order_by(accounts.id)
+        )
+        if account_id is not None:
+            wanted = wanted.where(accounts.id == account_id)
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        return [Account(**row._asdict()) for row in rows]
 
     async def newest_audit_rows(
         self, account_id: str, *, within: timedelta, where: Mapping[str, str], limit: int
@@ -244,6 +276,56 @@ class Store:
 
         await self._database.write(run)
 
+    async def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        """Add *tallies* to the usage of their keys, but for those that there are no more.
+
+        What was added under the same *flush_id* before is not added again. Raises `Unavailable`
+        where it is not known to have been added.
+        """
+        rows = await usage.rows_of(tallies)
+
+        def run(connection: Connection) -> None:
+            usage.add(connection, flush_id, rows, self._begin_usage(connection))
+
+        await self._database.write_usage(run)
+
+    async def read_usage(
+        self, account_id: str, key_id: UUID, span: timedelta
+    ) -> tuple[datetime, list[UsageHour]] | None:
+        """Return the database's time and the hours of the account's key in the *span* before.
+
+        None if the account never had such a key.
+        """
+        return await self._database.read(
+            lambda connection: usage.read(connection, account_id, key_id, span, self._now())
+        )
+
+    async def prune_usage(self) -> int:
+        """Remove hours of more than 92 days ago and ids of flushes of yesterday; return how many.
+
+        In short transactions, so that changes go on meanwhile.
+        """
+        clock = select(self._now())
+        moment = (await self._database.read(lambda c: c.execute(clock))).scalar_one()
+        removed = 0
+        for statement in usage.prunings(moment):
+            while count := await self._prune(statement):
+                removed += count
+        return removed
+
+    async def _prune(self, statement: Delete) -> int:
+        def run(connection: Connection) -> int:
+            self._begin_usage(connection)
+            return connection.execute(statement).rowcount
+
+        return await self._database.write_usage(run)
+
+    def _begin_usage(self, connection: Connection) -> datetime:
+        if self._database.dialect == "sqlite":
+            return self._clock.now()
+        now: datetime = connection.execute(_LIMITS).scalar_one()
+        return now
+
     async def _begin(self, connection: AsyncConnection) -> datetime:
         if self._database.dialect == "sqlite":
             return self._clock.now()
@@ -262,6 +344,9 @@ class Store:
         return func.clock_timestamp(type_=UtcDateTime())
 
 
+_ACTIVE_KEYS: Final = select(schema.keys, schema.key_usage.c.last_used_at).outerjoin(
+    schema.key_usage, schema.key_usage.c.key_id == schema.keys.c.id
+)
 _FIND_KEYS: Final = (
     select(
         *(column for column in schema.keys.c if column.name in {*StoredKey._fields}),
@@ -288,19 +373,5 @@ async def _read_installation(connection: AsyncConnection) -> Installation:
 
 def _stored_key(row: Any) -> StoredKey:
     values = row._asdict()
-    values["scopes"] = frozenset(row.scopes.split())
+    values["scopes"] = granted(row.scopes)
     return StoredKey(**values)
-
-
-def _api_key(row: Any) -> ApiKey:
-    return ApiKey(
-        id=row.id,
-        key_prefix=row.prefix,
-        account_id=row.account_id,
-        name=row.name,
-        scopes=frozenset(row.scopes.split()),
-        created_at=row.created_at,
-        last_used_at=row.last_used_at,
-        expires_at=row.expires_at,
-        replaced_by=row.replaced_by,
-    )

@@ -7,7 +7,23 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import msgspec
-from sqlalchemy import Insert, Row, Table, Update, bindparam, func, insert, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Insert,
+    Row,
+    Table,
+    Text,
+    Update,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -16,18 +32,36 @@ from tfm_guard.errors import GuardError
 from tfm_guard.records import SECURITY, Actor, ApiKey, Change, ChangeKind, TargetType
 from tfm_guard.store import feed, schema
 
-_CHANGE_COLUMNS: Final = ("kind", "prefix", "version", "created_at")
+# Whose the prefixes are that must stay taken. No account has this id: it is empty.
+ERASED_ACCOUNT: Final = ""
 
 
 class PrefixTaken(GuardError):
     """A key with this prefix exists already; mint another."""
 
 
-class Account(NamedTuple):
+class LockedAccount(NamedTuple):
     """An account as the database knows it."""
 
     id: str
     plan: str
+    suspended_at: datetime | None
+
+
+class LockedKey(NamedTuple):
+    """A key as the database knows it, revoked or not."""
+
+    id: UUID
+    prefix: str
+    account_id: str
+    name: str
+    scopes: frozenset[str]
+    version: int
+    created_at: datetime
+    expires_at: datetime | None
+    replaced_by: UUID | None
+    revoked_at: datetime | None
+    confirmed_at: datetime | None
 
 
 class Transaction:
@@ -43,19 +77,25 @@ class Transaction:
         self.now = now
         self.connection = connection  # for this package's other modules
 
-    async def lock_account(self, account_id: str) -> Account:
+    async def lock_account(self, account_id: str) -> LockedAccount:
         """Return the account, made and put on the plan "free" if it is new, and hold it.
 
         All that changes an account's keys takes this lock first, and so happens one by one.
         """
-        lock = select(schema.accounts).where(schema.accounts.c.id == account_id).with_for_update()
-        row = (await self._connection.execute(lock)).one_or_none()
-        if row is None:
+        account = await self.lock_known_account(account_id)
+        if account is None:
             dialect = postgresql if self._is_postgresql else sqlite
             new = dialect.insert(schema.accounts).values(id=account_id, plan="free")
             await self._connection.execute(new.on_conflict_do_nothing())
-            row = (await self._connection.execute(lock)).one()
-        return Account(row.id, row.plan)
+            account = await self.lock_known_account(account_id)
+        assert account is not None  # noqa: S101  # it was there, or was inserted
+        return account
+
+    async def lock_known_account(self, account_id: str) -> LockedAccount | None:
+        """Return the account, if there is one, and hold it."""
+        lock = select(schema.accounts).where(schema.accounts.c.id == account_id).with_for_update()
+        row = (await self._connection.execute(lock)).one_or_none()
+        return None if row is None else LockedAccount(row.id, row.plan, row.suspended_at)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         await self._connection.execute(
@@ -68,8 +108,7 @@ class Transaction:
         statement = (
             select(func.count())
             .select_from(schema.keys)
-            .where(keys.account_id == account_id, keys.replaced_by.is_(None))
-            .where(*is_active(self.now))
+            .where(keys.account_id == account_id, *counts_for_plan(self.now))
         )
         return (await self._connection.execute(statement)).scalar_one()
 
@@ -83,7 +122,7 @@ class Transaction:
             .where(schema.accounts.c.suspended_at.is_(None))
         )
         scopes = (await self._connection.execute(statement)).scalar_one_or_none()
-        return None if scopes is None else frozenset(scopes.split())
+        return None if scopes is None else granted(scopes)
 
     async def insert_key(
         self,
@@ -105,7 +144,7 @@ class Transaction:
                     secret_hash=secret_hash,
                     digest=digest,
                     digest_key_id=digest_key_id,
-                    scopes=" ".join(sorted(key.scopes)),
+                    scopes=_written(key.scopes),
                     version=1,
                     created_at=key.created_at,
                     created_by=created_by,
@@ -119,16 +158,113 @@ class Transaction:
             raise
         self._pending.append(("created", key.key_prefix, 1))
 
-    async def lock_key(self, account_id: str, key_id: UUID) -> Row[Any] | None:
-        """Return the row of the account's key, revoked or not, and hold it and the account."""
+    async def lock_key(self, account_id: str, key_id: UUID) -> LockedKey | None:
+        """Return the account's key, revoked or not, and hold it and the account."""
         wanted = {"locked_id": key_id, "locked_account_id": account_id}
-        return (await self._connection.execute(_LOCK_KEY, wanted)).one_or_none()
+        row = (await self._connection.execute(_LOCK_KEY, wanted)).one_or_none()
+        return None if row is None else LockedKey(*row)._replace(scopes=granted(row.scopes))
 
-    async def revoke_key(self, key_id: UUID, prefix: str, version: int) -> None:
-        """Revoke a key, which so comes to *version*, at the end of the transaction."""
-        values = {"revoked_id": key_id, "revoked_now": self.now, "revoked_version": version}
-        await self._put_off(_REVOKE, values)
-        self._pending.append(("revoked", prefix, version))
+    async def change_key(self, kind: ChangeKind, key: LockedKey, **values: Any) -> None:
+        """Set these *values* of a locked *key*, at the end of the transaction."""
+        version = key.version + 1
+        if "scopes" in values:
+            values["scopes"] = _written(values["scopes"])
+        parameters = {f"changed_{name}": value for name, value in values.items()}
+        await self._put_off(
+            _update_key(tuple(sorted(values))),
+            parameters | {"changed_id": key.id, "changed_version": version},
+        )
+        self._pending.append((kind, key.prefix, version))
+
+    async def change_active_keys(self, kind: ChangeKind, account_id: str, **values: Any) -> None:
+        """Set these *values* of all active keys of a locked account."""
+        await self._change_keys(kind, account_id, *is_active(self.now), **values)
+
+    async def revoke_keys(self, account_id: str) -> None:
+        """Revoke all keys of a locked account that are not revoked, expired ones too."""
+        live = schema.keys.c.revoked_at.is_(None)
+        await self._change_keys("revoked", account_id, live, revoked_at=self.now)
+
+    async def _change_keys(
+        self, kind: ChangeKind, account_id: str, *which: ColumnElement[bool], **values: Any
+    ) -> None:
+        keys = schema.keys.c
+        changed = await self._connection.execute(
+            update(schema.keys)
+            .where(keys.account_id == account_id, *which)
+            .values(version=keys.version + 1, **values)
+            .returning(keys.prefix, keys.version)
+        )
+        self._pending += [(kind, row.prefix, row.version) for row in changed]
+
+    async def states(self, account_id: str, *, kind: ChangeKind) -> list[Change]:
+        """Return what the feed had last to say of the account's keys, as changes of that *kind*.
+
+        Only of keys about which some process may still believe something else: of those that are
+        not revoked for certain.
+        """
+        keys = schema.keys.c
+        head = await self.head()
+        rows = await self._connection.execute(
+            select(keys.prefix, keys.version)
+            .where(keys.account_id == account_id, keys.confirmed_at.is_(None))
+            .order_by(keys.prefix)
+        )
+        return [Change(head, kind, row.prefix, row.version) for row in rows]
+
+    async def last_used_at(self, key_id: UUID) -> datetime | None:
+        """Return when a key was last used, as far as that is written."""
+        usage = schema.key_usage.c
+        statement = select(usage.last_used_at).where(usage.key_id == key_id)
+        return (await self._connection.execute(statement)).scalar_one_or_none()
+
+    async def has_active_predecessor(self, account_id: str, key_id: UUID) -> bool:
+        """Tell whether a key that this one replaces is still in its grace."""
+        keys = schema.keys.c
+        predecessor = select(keys.id).where(
+            keys.account_id == account_id, keys.replaced_by == key_id, *is_active(self.now)
+        )
+        return (await self._connection.execute(predecessor)).first() is not None
+
+    async def suspend_account(self, account_id: str, suspended_at: datetime | None) -> None:
+        """Have the account's keys refused from *suspended_at* on; none ends that."""
+        await self._connection.execute(
+            update(schema.accounts)
+            .where(schema.accounts.c.id == account_id)
+            .values(suspended_at=suspended_at)
+        )
+
+    async def erase_account(self, account_id: str) -> bool:
+        """Delete a locked account and what is known of it; not while a key of it is not revoked.
+
+        Its keys' prefixes stay taken: they go, with nothing else, to the account with no name.
+        """
+        keys = schema.keys.c
+        mine = keys.account_id == account_id
+        live = select(keys.id).where(mine, keys.revoked_at.is_(None))
+        if (await self._connection.execute(live)).first() is not None:
+            return False
+        await self.lock_account(ERASED_ACCOUNT)
+        for kept in (schema.key_usage, schema.usage_hours, schema.signs):
+            await self._connection.execute(
+                delete(kept).where(kept.c.key_id.in_(select(keys.id).where(mine)))
+            )
+        nothing = dict.fromkeys(("name", "secret_hash", "scopes", "created_by"), "")
+        await self._connection.execute(
+            update(schema.keys)
+            .where(mine)
+            .values(
+                account_id=ERASED_ACCOUNT,
+                digest=None,
+                digest_key_id=None,
+                replaced_by=None,
+                confirmed_at=self.now,
+                **nothing,
+            )
+        )
+        for table, column in ((schema.audit, "account_id"), (schema.accounts, "id")):
+            await self._connection.execute(delete(table).where(table.c[column] == account_id))
+        return True
 
     async def head(self) -> int:
         """Return the number of the latest change that was committed before."""
@@ -173,21 +309,34 @@ class Transaction:
         """
         if not self._is_postgresql or not self._pending:
             await self._write()
-        for kind, prefix, version in self._pending:
-            row = {"kind": kind, "prefix": prefix, "version": version, "created_at": self.now}
-            if self._is_postgresql:
-                head = await self._append_with_writes(row)
-            else:
-                head = (await self._connection.execute(_NEXT_HEAD)).scalar_one()
-                await self._connection.execute(insert(schema.changes).values(id=head, **row))
-            self.changes.append(Change(head, kind, prefix, version))
+        if self._pending:
+            head = await self._append()
+            first = head - len(self._pending) + 1
+            self.changes = [Change(first + n, *change) for n, change in enumerate(self._pending)]
+            if not self._is_postgresql:
+                rows = [change._asdict() | {"created_at": self.now} for change in self.changes]
+                await self._connection.execute(insert(schema.changes), rows)
+        elif self._audited and self._is_postgresql:
+            await self._connection.execute(_LOCK_HEAD)
         if self._audited:
-            if self._is_postgresql and not self._pending:
-                await self._connection.execute(_LOCK_HEAD)
             await self._connection.execute(_AUDIT, self._audited)
 
-    async def _append_with_writes(self, row: Mapping[str, Any]) -> int:
-        values = {f"change_{name}": value for name, value in row.items()}
+    async def _append(self) -> int:
+        """Add what is pending to the head's number, which is locked so; return it.
+
+        On PostgreSQL also append it to the feed, together with what was put off.
+        """
+        number = {"change_count": len(self._pending)}
+        if not self._is_postgresql:
+            return int((await self._connection.execute(_NEXT_HEAD, number)).scalar_one())
+        kinds, prefixes, versions = map(list, zip(*self._pending, strict=True))
+        values: dict[str, Any] = {
+            **number,
+            "change_kinds": kinds,
+            "change_prefixes": prefixes,
+            "change_versions": versions,
+            "change_created_at": self.now,
+        }
         for more in self._writes.values():
             values.update(more)
         audited = self._audited[:1]
@@ -195,8 +344,7 @@ class Transaction:
         append = _append_with(*self._writes, audited=bool(audited))
         self._writes = {}
         del self._audited[:1]
-        head: int = (await self._connection.execute(append, values)).scalar_one()
-        return head
+        return int(max((await self._connection.execute(append, values)).scalars()))
 
     async def _put_off(self, statement: Update, values: dict[str, Any]) -> None:
         """Have *statement* executed before COMMIT, together with appending to the feed."""
@@ -216,7 +364,7 @@ def _parameters(table: Table, names: Iterable[str], prefix: str) -> dict[str, An
 
 
 _LOCK_KEY: Final = (
-    select(schema.keys)
+    select(*(schema.keys.c[name] for name in LockedKey._fields))
     .join_from(schema.accounts, schema.keys)
     .where(
         schema.keys.c.id == bindparam("locked_id"),
@@ -226,25 +374,36 @@ _LOCK_KEY: Final = (
     # the state when the statement began.
     .with_for_update(of=[schema.accounts, schema.keys])
 )
-_REVOKE: Final = (
-    update(schema.keys)
-    .where(schema.keys.c.id == bindparam("revoked_id"))
-    .values(revoked_at=bindparam("revoked_now"), version=bindparam("revoked_version"))
-)
 _AUDITED: Final = _parameters(
     schema.audit, [c.name for c in schema.audit.c if c.name != "id"], "audit"
 )
 _AUDIT: Final = insert(schema.audit).values(_AUDITED)
 _LOCK_HEAD: Final = select(schema.feed.c.head).with_for_update()
+_COUNT: Final = bindparam("change_count", type_=BigInteger)
 _NEXT_HEAD: Final = (
-    update(schema.feed).values(head=schema.feed.c.head + 1).returning(schema.feed.c.head)
+    update(schema.feed).values(head=schema.feed.c.head + _COUNT).returning(schema.feed.c.head)
 )
 _next: Final = _NEXT_HEAD.cte("next")
+_pending: Final = (
+    func.unnest(
+        bindparam("change_kinds", type_=postgresql.ARRAY(Text)),
+        bindparam("change_prefixes", type_=postgresql.ARRAY(Text)),
+        bindparam("change_versions", type_=postgresql.ARRAY(BigInteger)),
+    )
+    .table_valued("kind", "prefix", "version", with_ordinality="position", name="pending")
+    .render_derived()
+)
 _APPEND: Final = (
     insert(schema.changes)
     .from_select(
-        ["id", *_CHANGE_COLUMNS],
-        select(_next.c.head, *_parameters(schema.changes, _CHANGE_COLUMNS, "change").values()),
+        ["id", "kind", "prefix", "version", "created_at"],
+        select(
+            _next.c.head - _COUNT + _pending.c.position,
+            _pending.c.kind,
+            _pending.c.prefix,
+            _pending.c.version,
+            bindparam("change_created_at", type_=schema.changes.c.created_at.type),
+        ).select_from(_next.join(_pending, true())),
     )
     .returning(schema.changes.c.id)
 )
@@ -253,6 +412,12 @@ _APPEND: Final = (
 _AUDIT_WITH_NEXT: Final = insert(schema.audit).from_select(
     [*_AUDITED], select(*_AUDITED.values()).select_from(_next)
 )
+
+
+@cache
+def _update_key(columns: tuple[str, ...]) -> Update:
+    values = _parameters(schema.keys, (*columns, "version"), "changed")
+    return update(schema.keys).where(schema.keys.c.id == bindparam("changed_id")).values(values)
 
 
 @cache
@@ -268,6 +433,20 @@ def is_active(now: Any) -> tuple[Any, ...]:
     return keys.revoked_at.is_(None), or_(keys.expires_at.is_(None), keys.expires_at > now)
 
 
+def counts_for_plan(now: Any) -> tuple[Any, ...]:
+    """Return the conditions under which a key is one of those that a plan limits, at *now*."""
+    return *is_active(now), schema.keys.c.replaced_by.is_(None)
+
+
+def granted(scopes: str) -> frozenset[str]:
+    """Return the scopes that a row has."""
+    return frozenset(scopes.split())
+
+
+def _written(scopes: frozenset[str]) -> str:
+    return " ".join(sorted(scopes))
+
+
 def key_of(row: Row[Any], last_used_at: datetime | None) -> ApiKey:
     """Return the key that a *row* of the table of keys describes."""
     return ApiKey(
@@ -275,7 +454,7 @@ def key_of(row: Row[Any], last_used_at: datetime | None) -> ApiKey:
         key_prefix=row.prefix,
         account_id=row.account_id,
         name=row.name,
-        scopes=frozenset(row.scopes.split()),
+        scopes=granted(row.scopes),
         created_at=row.created_at,
         last_used_at=last_used_at,
         expires_at=row.expires_at,

@@ -67,6 +67,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tfm_flushes")),
     )
+    op.create_index(op.f("ix_tfm_flushes_created_at"), "tfm_flushes", ["created_at"], unique=False)
     op.create_table(
         "tfm_key_usage",
         sa.Column("key_id", sa.Uuid(), nullable=False),
@@ -101,6 +102,7 @@ def upgrade() -> None:
         sa.Column("refused", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("key_id", "hour", name=op.f("pk_tfm_usage_hours")),
     )
+    op.create_index(op.f("ix_tfm_usage_hours_hour"), "tfm_usage_hours", ["hour"], unique=False)
     op.create_table(
         "tfm_workers",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -126,6 +128,7 @@ def upgrade() -> None:
         sa.Column("created_by", sa.Text(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=True),
         sa.Column("replaced_by", sa.Uuid(), nullable=True),
+        sa.Column("replaced_at", UtcDateTime(), nullable=True),
         sa.Column("revoked_at", UtcDateTime(), nullable=True),
         sa.Column("confirmed_at", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(

@@ -1,0 +1,44 @@
+"""People who are signed in to the host application, as it says who they are."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+from urllib.parse import urlsplit
+
+from starlette.requests import HTTPConnection
+
+from tfm_guard.errors import Refusal
+from tfm_guard.records import Person
+
+# Returns who sent a request, none if nobody is signed in. It sees all of it but the body.
+Identify = Callable[[HTTPConnection], Awaitable[Person | None]]
+
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class CrossOrigin(Refusal):
+    """A page of another origin had a browser send this, with the cookies of who is signed in."""
+
+    code = "cross_origin"
+    status = 403
+
+    def __init__(self) -> None:
+        super().__init__("This request came from another site.")
+
+
+def check_origin(connection: HTTPConnection) -> None:
+    """Raise `CrossOrigin` if a page of another origin had a browser send this to change something.
+
+    Browsers say so in Sec-Fetch-Site (Fetch Metadata, section 2.4), which no page can forge; old
+    ones only in Origin (Fetch, section 3.1). What sends neither is no browser, and carries no
+    cookies that it was not given for this.
+    """
+    if connection.scope["method"] in _SAFE_METHODS:
+        return
+    site = connection.headers.get("sec-fetch-site")
+    if site is not None:
+        if site not in {"same-origin", "none"}:
+            raise CrossOrigin
+        return
+    origin = connection.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != connection.headers.get("host", ""):
+        raise CrossOrigin
