@@ -17,7 +17,7 @@ from tests.support.servers import wait_until
 from tests.support.sql import engine_for, execute
 from tfm_guard.errors import Unavailable
 from tfm_guard.records import Tally
-from tfm_guard.store import Store, UsageHour, schema
+from tfm_guard.store import Store, Transaction, UsageHour, schema
 
 NOON = datetime(2026, 3, 29, 12, tzinfo=UTC)
 HOUR = int(NOON.timestamp()) // 3600
@@ -68,9 +68,15 @@ def many_keys(url: str, count: int) -> list[UUID]:
     return ids
 
 
-async def revoke(store: Store, key_id: UUID, prefix: str) -> None:
-    """Revoke a key that was version 1."""
-    await store.transact(lambda transaction: transaction.revoke_key(key_id, prefix, 2))
+async def revoke(store: Store, key_id: UUID) -> None:
+    """Revoke a key."""
+
+    async def work(transaction: Transaction) -> None:
+        key = await transaction.lock_key("acme", key_id)
+        assert key is not None
+        await transaction.change_key("revoked", key, revoked_at=transaction.now)
+
+    await store.transact(work)
 
 
 async def test_counts_add_up_and_last_uses_only_rise(store: Store, database_url: str) -> None:
@@ -199,9 +205,9 @@ async def test_revoking_does_not_wait_for_a_large_flush(store: Store, database_u
 
     task = asyncio.create_task(flush())
     took = []
-    for number, key_id in enumerate(keys[:10]):
+    for key_id in keys[:10]:
         started = time.perf_counter()
-        await revoke(store, key_id, f"{number:08x}")
+        await revoke(store, key_id)
         took.append(time.perf_counter() - started)
         await asyncio.sleep(random.uniform(0, 0.05))  # at any moment of a flush
     flushing = False
