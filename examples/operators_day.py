@@ -3,7 +3,7 @@
     TFM_GUARD_DATABASE_URL=postgresql://user:password@host/name python examples/operators_day.py
 
 Without the variable the day takes place in an SQLite file, which is gone in the evening. In any
-other database it needs accounts named "harbour" and "quarry" to be free, and erases them at the end.
+other database it needs the accounts "harbour" and "quarry" to be free, and erases them at the end.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -42,9 +43,10 @@ def morning() -> None:
 
     say("Quarry comes from elsewhere, with keys whose hashes are known. One line has a mistake.")
     old = f"tfm_k_{secrets.token_hex(16)}"
+    known = hashlib.sha256(old.encode()).hexdigest()
     rows = [
-        {"prefix": old[6:14], "hash": hashlib.sha256(old.encode()).hexdigest(), "name": "Old shop"},
-        {"prefix": "nonsense", "hash": hashlib.sha256(b"another").hexdigest(), "name": "Newsletter"},
+        {"prefix": old[6:14], "hash": known, "name": "Old shop"},
+        {"prefix": "nonsense", "hash": known, "name": "Newsletter"},
     ]
     lines = [json.dumps({**row, "account": "quarry", "scopes": ["send"]}) for row in rows]
     run("keys import --dry-run -", stdin="\n".join(lines), ends_with=1)
@@ -131,7 +133,7 @@ def say(text: str) -> None:
 def run(arguments: str, *, stdin: str = "", ends_with: int = 0) -> str:
     """Run `tfm-guard` with these *arguments* and return what it printed on stdout."""
     print(f"\n$ tfm-guard {arguments}", flush=True)
-    command = [PROGRAM, *arguments.split()]
+    command: list[str | Path] = [PROGRAM, *arguments.split()]
     done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603  # its own program
     # A token is shown by its prefix alone: this may be logged.
     print(hidden(done.stdout), end="", flush=True)
@@ -158,7 +160,9 @@ def call(
         answer = connection.getresponse()
         text = answer.read().decode()
     print(f"< {answer.status} {hidden(text)}", flush=True)
-    if answer.status != answers and not (answers is None and answer.status < 300):
+    is_success = HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES
+    good = is_success if answers is None else answer.status == answers
+    if not good:
         raise SystemExit(f"{method} {path} was answered with {answer.status}")
     return json.loads(text) if text else None
 
@@ -185,7 +189,7 @@ def database() -> Iterator[None]:
 def served() -> Iterator[str]:
     """Serve the management API meanwhile, and return its address."""
     print("\n$ tfm-guard serve --port 0 &", flush=True)
-    command = [PROGRAM, "serve", "--port", "0"]
+    command: list[str | Path] = [PROGRAM, "serve", "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:  # noqa: S603  # its own program
         assert server.stderr is not None  # noqa: S101  # it is a pipe
         try:
