@@ -29,6 +29,7 @@ from tfm_guard.records import (
     ApiKey,
     Change,
     CreatedKey,
+    KeyStatus,
     KeyUsage,
     Revocation,
     RotatedKey,
@@ -36,6 +37,7 @@ from tfm_guard.records import (
     VerifiedKey,
 )
 from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
+from tfm_guard.signs import status_of
 from tfm_guard.store import LockedAccount, LockedKey, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
 from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
@@ -244,6 +246,10 @@ class KeyManager:
         return RotatedKey(
             token=minted.token.decode("ascii"), key=key, replaces=key_id, confirmed=confirmed
         )
+
+    def status(self, key: ApiKey) -> KeyStatus:
+        """Return what there is to say about *key* now (`tfm_guard.signs.status_of`)."""
+        return status_of(key, self._clock.now())
 
     async def usage(
         self,
