@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 from tfm_guard.confirmation import Confirmation
 from tfm_guard.errors import AccountNotFound, InvalidInput
 from tfm_guard.records import Account, Actor, Change, Revocation
-from tfm_guard.store import LockedAccount, Store, Transaction
+from tfm_guard.store import ERASED_ACCOUNT, LockedAccount, Store, Transaction
 from tfm_guard.text import plain_text
 
 T = TypeVar("T")
@@ -103,10 +103,10 @@ class AccountManager:
             return await transaction.states(account_id, kind="revoked")
 
         async def erase(transaction: Transaction, _: LockedAccount) -> bool:
-            return await transaction.erase_account(account_id)
+            return await transaction.erase_account(account_id, known=changes)
 
         erased = False
-        while not erased:  # a key may have been created meanwhile
+        while not erased:  # a key may have been created meanwhile, and perhaps revoked
             await self._store.transact(self._on(account_id, revoke))
             # Those too that were revoked earlier, which may not have been confirmed.
             changes, _ = await self._store.transact(self._on(account_id, states))
@@ -120,7 +120,7 @@ class AccountManager:
 
         async def run(transaction: Transaction) -> T:
             account = await transaction.lock_known_account(account_id)
-            if account is None:
+            if account is None or account_id == ERASED_ACCOUNT:
                 raise AccountNotFound(account_id)
             return await work(transaction, account)
 
