@@ -63,15 +63,18 @@ class AccountManager:
         """
 
         async def suspend(transaction: Transaction, account: LockedAccount) -> list[Change]:
-            if account.suspended_at is not None:
-                return await transaction.states(account_id, kind="suspended")
-            await transaction.suspend_account(account_id, transaction.now)
-            await transaction.change_active_keys("suspended", account_id)
-            await _audit(transaction, account_id, actor, "suspended")
-            return []
+            states = await transaction.states(account_id, kind="suspended")
+            if account.suspended_at is None:
+                await transaction.suspend_account(account_id, transaction.now)
+                await transaction.change_active_keys("suspended", account_id)
+                await _audit(transaction, account_id, actor, "suspended")
+            return states
 
         earlier, changes = await self._store.transact(self._on(account_id, suspend))
-        return await self._confirmation.wait(earlier or changes)
+        # Of the other keys some may have been revoked a moment ago, which not all may know yet.
+        changed = {change.prefix for change in changes}
+        others = [state for state in earlier if state.prefix not in changed]
+        return await self._confirmation.wait([*others, *changes])
 
     async def resume(self, account_id: str, *, actor: str | Actor = "application") -> None:
         """Have the keys of a suspended account accepted again. Does nothing for any other.
