@@ -166,6 +166,8 @@ class Actors:
             self._call(process, work(process, facts))
 
     def _resume(self) -> None:
+        if self._verifying_only:
+            return
         suspended = [*self._world.database.tables.suspended]
         process = self._some_process()
         if process is not None and suspended:
