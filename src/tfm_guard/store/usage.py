@@ -29,9 +29,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.records import Tally
 from tfm_guard.store import schema
+from tfm_guard.store.transaction import ERASED_ACCOUNT
 
-# The account that the keys of erased accounts are under, so that their prefixes stay taken.
-ERASED: Final = ""
 # The longest range that is shown has 90 days, of which the first is not over when it begins.
 _HOURS_KEPT: Final = timedelta(days=92)
 # Beyond an hour nobody writes a batch again.
@@ -117,7 +116,7 @@ def prunings(now: datetime) -> list[Delete]:
     To be repeated until none removes anything.
     """
     hours, flushes, used = schema.usage_hours, schema.flushes, schema.key_usage
-    erased = select(schema.keys.c.id).where(schema.keys.c.account_id == ERASED)
+    erased = select(schema.keys.c.id).where(schema.keys.c.account_id == ERASED_ACCOUNT)
     return [
         _removal(hours, hours.c.hour < now - _HOURS_KEPT),
         _removal(flushes, flushes.c.created_at < now - _FLUSHES_KEPT),
@@ -182,7 +181,7 @@ def _rows(table: Table, dialect: str) -> Select[Any]:
     return (
         select(*columns)
         .select_from(each.join(schema.keys, keys.id == columns[0]))
-        .where(keys.account_id != ERASED)
+        .where(keys.account_id != ERASED_ACCOUNT)
         .order_by(keys.id, *columns[1:2])
     )
 
