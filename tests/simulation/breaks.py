@@ -257,9 +257,6 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "narrowing waits for nobody": Break(
         KeyManager, "change", "await self._confirmation.wait(changes or [unchanged])", "pass"
     ),
-    "narrowing again does not join the wait": Break(
-        KeyManager, "change", "wait(changes or [unchanged])", "wait(changes)"
-    ),
     "rotating waits for nobody": Break(
         KeyManager,
         "rotate",
@@ -287,20 +284,8 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "who joined a read learns late of an account that was resumed": Break(
         KeyReader, "_may_differ_now", "if found.suspended:", "if False:"
     ),
-    "what was read of a key that ended is not learned": Break(
-        KeyReader, "_learn", "or known.suspended or known.expired", ""
-    ),
-    "what was read of a key that changed is not learned": Break(
-        KeyReader, "_learn", "(ended or changed)", "ended"
-    ),
     "a key in its grace is rotated again": Break(
         keys, "_check_not_replaced", "if row.replaced_by is not None:", "if False:"
-    ),
-    "a key is rotated in the grace of its predecessor": Break(
-        keys,
-        "_check_not_replaced",
-        "if await transaction.has_active_predecessor(row.account_id, row.id):",
-        "if False:",
     ),
 }
 
@@ -488,6 +473,31 @@ DIRECTED: dict[str, Directed] = {
         "tests/domain/test_watch.py",
         "test_a_marked_process_is_told_so_and_waited_for",
         Break(Watch, "_end_of_trust", "worker if worker in self.marked else None", "None"),
+    ),
+    "narrowing again does not join the wait": Directed(
+        "tests/flows/test_taking.py",
+        "test_what_cannot_be_shown_is_not_confirmed[sqlite-narrow]",
+        Break(KeyManager, "change", "wait(changes or [unchanged])", "wait(changes)"),
+    ),
+    "what was read of a key that ended is not learned": Directed(
+        "tests/flows/test_taking.py",
+        "test_who_has_read_of_an_end_knows_it[sqlite]",
+        Break(KeyReader, "_learn", "or known.suspended or known.expired", ""),
+    ),
+    "what was read of a key that changed is not learned": Directed(
+        "tests/flows/test_taking.py",
+        "test_who_has_read_of_a_narrowing_knows_it[sqlite]",
+        Break(KeyReader, "_learn", "(ended or changed)", "ended"),
+    ),
+    "a key is rotated in the grace of its predecessor": Directed(
+        "tests/flows/test_rotation.py",
+        "test_one_predecessor_at_a_time[sqlite]",
+        Break(
+            keys,
+            "_check_not_replaced",
+            "if await transaction.has_active_predecessor(row.account_id, row.id):",
+            "if False:",
+        ),
     ),
 }
 

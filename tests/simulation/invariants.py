@@ -224,10 +224,11 @@ class Oracle:
             if process.parts is None:
                 self._world.fail(19, f"{process} is not open")
                 continue
-            row = tables.workers.get(process.freshness.worker_id)
-            if row is None or row.seen != tables.head:
-                self._world.fail(19, f"{process} is at {row} of {tables.head}")
             freshness = process.freshness
+            # What it writes of that into the register may have been lost just before.
+            seen = freshness._seen  # noqa: SLF001
+            if freshness.worker_id not in tables.workers or seen != tables.head:
+                self._world.fail(19, f"{process} is at {seen} of {tables.head}")
             silence = process.clock.monotonic() - freshness._heard  # noqa: SLF001
             linked = freshness._link_counts and silence < self._world.installation.lease  # noqa: SLF001
             if self._world.with_redis and not linked:

@@ -263,7 +263,10 @@ class Transaction:
                 account_id=ERASED_ACCOUNT,
                 digest=None,
                 digest_key_id=None,
+                created_at=keys.revoked_at,
+                expires_at=None,
                 replaced_by=None,
+                replaced_at=None,
                 confirmed_at=self.now,
                 **nothing,
             )
