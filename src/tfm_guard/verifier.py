@@ -207,7 +207,9 @@ class Verifier:
     def _apply(self, change: Change) -> None:
         self._local.drop(change.prefix.encode())
         self._reader.detach(change.prefix)
-        if change.kind in {"created", "resumed"}:
+        if change.kind not in {"revoked", "suspended"}:
+            # Even one that takes something away may, over the link, overtake the news of the key's
+            # creation, which is then nothing new. What a suspension overtakes, resuming clears.
             self._negative.clear()
 
     def _forget_everything(self) -> None:
@@ -295,7 +297,7 @@ def _inactivity(found: Known) -> str | None:
     """Return why a key is not active; none if it is."""
     if found.entry.revoked:
         return "revoked"
-    if found.entry.expires_at is not None and found.entry.expires_at.timestamp() <= found.read_at:
+    if found.expired:
         return "expired"
     return _SUSPENDED if found.suspended else None
 

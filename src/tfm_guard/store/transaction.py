@@ -224,7 +224,8 @@ class Transaction:
             .values(version=keys.version + 1, **values)
             .returning(keys.prefix, keys.version)
         )
-        self._pending += [(kind, row.prefix, row.version) for row in changed]
+        # In an order that does not depend on where the rows lie.
+        self._pending += sorted((kind, row.prefix, row.version) for row in changed)
 
     async def states(self, account_id: str, *, kind: ChangeKind) -> list[Change]:
         """Return what the feed had last to say of the account's keys, as changes of that *kind*.
@@ -263,9 +264,10 @@ class Transaction:
             .values(suspended_at=suspended_at)
         )
 
-    async def erase_account(self, account_id: str) -> bool:
-        """Delete a locked account and what is known of it; not while a key of it is not revoked.
+    async def erase_account(self, account_id: str, *, known: Iterable[Change]) -> bool:
+        """Delete a locked account and what is known of it, if all processes refuse all its keys.
 
+        Not so while a key is not revoked, or revoked but neither confirmed nor among *known*.
         Its keys' prefixes stay taken: they go, with nothing else, to the account with no name.
         """
         keys = schema.keys.c
@@ -273,6 +275,10 @@ class Transaction:
         live = select(keys.id).where(mine, keys.revoked_at.is_(None))
         if (await self._connection.execute(live)).first() is not None:
             return False
+        refused = {(change.prefix, change.version) for change in known}
+        for change in await self.states(account_id, kind="revoked"):
+            if (change.prefix, change.version) not in refused:
+                return False
         await self.lock_account(ERASED_ACCOUNT)
         for kept in (schema.key_usage, schema.usage_hours, schema.signs):
             await self._connection.execute(
@@ -286,7 +292,10 @@ class Transaction:
                 account_id=ERASED_ACCOUNT,
                 digest=None,
                 digest_key_id=None,
+                created_at=keys.revoked_at,
+                expires_at=None,
                 replaced_by=None,
+                replaced_at=None,
                 confirmed_at=self.now,
                 **nothing,
             )
