@@ -388,3 +388,13 @@ class StoredKey(NamedTuple):
     def __repr__(self) -> str:
         # A hash or digest is no secret to guess from, but nothing that ends up in logs needs it.
         return f"StoredKey(prefix={self.prefix!r}, version={self.version})"
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    """What there is to say about a token: the key it proves, active or not, and why it is refused.
+
+    *key* is none where it proves no key, *reason* where it is accepted.
+    """
+
+    key: StoredKey | None
+    reason: str | None
