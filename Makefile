@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks faults check bench lock test-floors clean
+.PHONY: help demo test simulate breaks faults fuzz check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.

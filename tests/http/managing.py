@@ -57,6 +57,13 @@ class Api(NamedTuple):
         app = self.guard.management_app(identify=identify)
         return await call(app, http_scope(method, path, headers), raw)
 
+    async def add(self, name: str, *scopes: str, **options: Any) -> None:
+        """Give acme another key, which can call under that name."""
+        created = await self.guard.keys.create(
+            account_id="acme", name=name, scopes=scopes, **options
+        )
+        self.tokens[name], self.keys[name] = created.token, created.key
+
     def path(self, name: str, rest: str = "") -> str:
         """Return the path of the key of that caller."""
         return f"{KEYS}{self.keys[name].id}{rest}"
