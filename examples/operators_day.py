@@ -22,6 +22,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 PROGRAM: Final = Path(sys.executable).with_name("tfm-guard")
+MOST_SHOWN: Final = 600  # characters of an answer
 
 
 def main() -> None:
@@ -64,6 +65,9 @@ def noon(address: str) -> None:
         "--scope api-keys:read --scope api-keys:write --scope audit:read"
     ).strip()
     run("accounts set-plan harbour pro")
+
+    say("Their programmer reads what there is to call.")
+    call(address, "GET", "/v1/openapi.json", manager)
 
     say("Their program makes a key for its shop, and looks at what there is.")
     shop = call(address, "POST", "/v1/api-keys/", manager, {
@@ -133,13 +137,18 @@ def say(text: str) -> None:
 def run(arguments: str, *, stdin: str = "", ends_with: int = 0) -> str:
     """Run `tfm-guard` with these *arguments* and return what it printed on stdout."""
     print(f"\n$ tfm-guard {arguments}", flush=True)
-    command: list[str | Path] = [PROGRAM, *arguments.split()]
-    done = subprocess.run(command, input=stdin, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603  # its own program
+    done = started(arguments.split(), stdin)
     # A token is shown by its prefix alone: this may be logged.
     print(hidden(done.stdout), end="", flush=True)
     if done.returncode != ends_with:
         raise SystemExit(f"tfm-guard {arguments} ended with {done.returncode}, not {ends_with}")
     return done.stdout
+
+
+def started(arguments: list[str], stdin: str) -> subprocess.CompletedProcess[str]:
+    """Start the program and wait for its end."""
+    command: list[str | Path] = [PROGRAM, *arguments]
+    return subprocess.run(command, input=stdin, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603  # its own program
 
 
 def call(
@@ -159,7 +168,8 @@ def call(
         connection.request(method, path, content, {"Authorization": f"Bearer {token}"})
         answer = connection.getresponse()
         text = answer.read().decode()
-    print(f"< {answer.status} {hidden(text)}", flush=True)
+    shown = hidden(text)
+    print(f"< {answer.status} {shown[:MOST_SHOWN]}{'…' * (len(shown) > MOST_SHOWN)}", flush=True)
     is_success = HTTPStatus.OK <= answer.status < HTTPStatus.MULTIPLE_CHOICES
     good = is_success if answers is None else answer.status == answers
     if not good:
