@@ -4,7 +4,8 @@ It is loaded by schemathesis, in whose process it runs; the environment says whi
 
 How each operation comes to succeed: every key whose id is sent is made for that one request. That
 is so for the id of the description's examples, which are all tried, and for every second of the ids
-that are made up. Whoever revokes its own key does it with one that was made for that.
+that are made up; some of the others become that of the key before, which may have been rotated or
+deleted since. Whoever revokes its own key does it with one that was made for that.
 """
 
 import json
@@ -25,6 +26,9 @@ KEPT: Final = frozenset(map(UUID, os.environ["FUZZ_KEPT"].split(",")))
 SEEN: Final = Seen(os.environ["FUZZ_SEEN"])
 
 EXAMPLE: Final = UUID("6f1c2a9e-4a0b-4f6e-9d53-0c7d8e21b4aa")
+
+# The ids of the keys that were made for a request.
+used: Final[list[str]] = []
 
 # What a JSON schema cannot say of a value: which characters are visible, which moments have passed,
 # which scopes a key has, that one of two fields is needed.
@@ -78,7 +82,10 @@ def before_call(
     except (KeyError, ValueError):
         return
     if key_id == EXAMPLE or key_id in KEPT or key_id.int % 2:
-        parameters["key_id"] = new_key()["id"]
+        used.append(new_key()["id"])
+    elif key_id.int % 4 == 0 or not used:
+        return
+    parameters["key_id"] = used[-1]
 
 
 @schemathesis.hook
