@@ -206,6 +206,8 @@ def split(world: "World") -> End:
     others = {(process.name, server) for process in world.processes if process is not lonely}
     pairs = {*others, (lonely.name, "database")}
     how = world.timeline.random.choice((world.network.silent, world.network.refused))
+    if world.database.dialect == "sqlite":
+        how = world.network.refused  # as above
     seconds = 0.0
     if world.timeline.random.random() < 0.5:
         # Just when its link has been lost, and is perhaps there again.
