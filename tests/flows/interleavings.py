@@ -21,7 +21,7 @@ from uuid import UUID
 
 from sqlalchemy import select
 
-from tests.support.guards import new_guard
+from tests.support.guards import new_guard, prepare
 from tests.support.postgres import PostgresServer
 from tests.support.sql import execute
 from tfm_guard import Guard
@@ -32,6 +32,7 @@ from tfm_guard.store import schema
 PLAN = 3  # keys that an account may hold
 GUARDS = 3
 _SCOPES = ("send", "domains:read", "emails:read")
+_LEASE = 2.0  # seconds
 _MINTING = 16  # tokens that a guard makes at a time: of more it would refuse some
 _MOST_TURNS = 200  # of the event loop that a change may begin later than others
 
@@ -54,6 +55,7 @@ class State:
 
 
 Keys = dict[object, State]  # by its number at first, or ("act", n) if act n made it
+Names = dict[UUID | None, object]
 
 
 class Round(NamedTuple):
@@ -121,6 +123,7 @@ class Interleavings:
 
     async def run(self, *, rounds: int, at_once: int) -> None:
         """Run so many *rounds*, *at_once* at the same time."""
+        await prepare(self._url, lease=_LEASE, poll=_LEASE / 40)
         async with AsyncExitStack() as stack:
             for _ in range(GUARDS):
                 guard = new_guard(self._url, plans={"free": PLAN})
@@ -128,10 +131,12 @@ class Interleavings:
                 self._guards.append((guard, asyncio.Semaphore(_MINTING)))
             for first in range(0, rounds, at_once):
                 numbers = range(first, min(first + at_once, rounds))
-                await asyncio.gather(*(self._round(f"account {number}") for number in numbers))
+                accounts = [f"account {number}" for number in numbers]
+                played = await asyncio.gather(*map(self._round, accounts))
+                self._judge(dict(zip(accounts, played, strict=True)))
         self._check_feed()
 
-    async def _round(self, account_id: str) -> None:
+    async def _round(self, account_id: str) -> tuple[Round, Names]:
         random = self._random
         pair = random.random() < 0.3  # the first key is in its grace
         guard, minting = random.choice(self._guards)
@@ -149,13 +154,26 @@ class Interleavings:
         acts = [self._draw() for _ in range(random.choice((2, 3, 4, 4)))]
         ids = [created.key.id for created in made]
         done = await asyncio.gather(*(self._do(account_id, ids, act) for act in acts))
-        names: dict[UUID | None, object] = {None: None, ids[0]: 0, ids[1]: 1}
+        names: Names = {None: None, ids[0]: 0, ids[1]: 1}
         names |= {key_id: ("act", n) for n, (_, key_id) in enumerate(done) if key_id is not None}
         results = [result for result, _ in done]
         self.counts.update(f"{act.what}: {what}" for act, what in zip(acts, results, strict=True))
-        played = Round(before, acts, results, self._keys_of(account_id, names))
-        if not played.is_serial():
-            self.faults.append(f"{account_id}: {played}")
+        return Round(before, acts, results, {}), names
+
+    def _judge(self, played: dict[str, tuple[Round, Names]]) -> None:
+        """Look what keys these accounts have, and whether that is right."""
+        columns = schema.keys.c
+        rows = execute(self._url, select(schema.keys).where(columns.account_id.in_([*played])))
+        for row in rows:
+            one, names = played[row.account_id]
+            one.after[names.get(row.id, row.id)] = State(
+                frozenset(row.scopes.split()),
+                row.revoked_at is not None,
+                names.get(row.replaced_by, row.replaced_by),
+            )
+        for account_id, (one, _) in played.items():
+            if not one.is_serial():
+                self.faults.append(f"{account_id}: {one}")
 
     def _draw(self) -> Act:
         what = self._random.choice(("revoke", "rotate", "rotate", "narrow", "narrow", "create"))
@@ -185,17 +203,6 @@ class Interleavings:
         except GuardError as error:
             return type(error).__name__, None
         return "done", None if made is None else made.key.id
-
-    def _keys_of(self, account_id: str, names: dict[UUID | None, object]) -> Keys:
-        rows = execute(self._url, select(schema.keys).where(schema.keys.c.account_id == account_id))
-        return {
-            names.get(row.id, row.id): State(
-                frozenset(row.scopes.split()),
-                row.revoked_at is not None,
-                names.get(row.replaced_by, row.replaced_by),
-            )
-            for row in rows
-        }
 
     def _check_feed(self) -> None:
         """Check that each version of each key has one row in the feed, and that has no gaps."""
