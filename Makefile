@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks faults fuzz check bench lock test-floors clean
+.PHONY: help demo test simulate breaks races faults fuzz check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -26,6 +26,9 @@ simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --s
 
 breaks: .venv/.ready ## Break each rule of the code in turn: something must fail, for some 5 minutes.
 	@.venv/bin/python -m tests.simulation.all_breaks
+
+races: .venv/.ready ## Change the same keys at the same time, 10,000 times on each database.
+	@.venv/bin/python -m tests.flows.interleavings $(ARGS)
 
 faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
 	@.venv/bin/python -m tests.faults $(ARGS)
