@@ -243,7 +243,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, PostgresServer() as server:
         faults = _explore(server.create_database("interleavings"), options, at_once=24)
-        faults += _explore(f"sqlite:///{folder}/keys.db", options, at_once=16)
+        faults += _explore(f"sqlite:///{folder}/keys.db", options, at_once=8)
     return int(faults > 0)
 
 
