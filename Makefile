@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks races faults check bench lock test-floors clean
+.PHONY: help demo test simulate breaks races faults fuzz check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -33,6 +33,9 @@ races: .venv/.ready ## Change the same keys at the same time, 10,000 times on ea
 faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
 	@.venv/bin/python -m tests.faults $(ARGS)
 
+fuzz: .venv/.ready ## Send the management API what it does not expect, for minutes (ARGS="--seed 1").
+	@.venv/bin/python -m tests.fuzz $(ARGS)
+
 check: .venv/.ready ## Lint; check the formatting, the types and the floors (who imports whom).
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
@@ -51,7 +54,7 @@ test-floors: .venv-floors/.ready ## Run the suite on the oldest versions that py
 	@.venv-floors/bin/python -m pytest $(IN_TWO) $(ARGS)
 
 clean: ## Remove what the other targets made, except the lock files.
-	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 	@find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # One recipe for both environments: .venv from dev.lock, .venv-floors from floors.lock.

@@ -68,7 +68,7 @@ class APIKeyMiddleware:
         if scope["type"] not in _GUARDED:
             await self._pass_on(scope, receive, send)
             return
-        path = _route_path(scope) if scope.get("root_path") else scope["path"]
+        path = route_path(scope) if scope.get("root_path") else scope["path"]
         if path not in self._exempt:
             try:
                 key = self._guard.recall(scope["headers"]) or await self._verify(scope)
@@ -131,13 +131,17 @@ def _announcing_its_end(key: VerifiedKey, send: Send) -> Send:
 
     async def announce(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+            said = [*message.get("headers", ())]
+            # What the app says of these itself stands: neither may be there twice.
+            names = {name.lower() for name, _ in said}
+            added = [header for header in headers if header[0] not in names]
+            message = {**message, "headers": said + added}
         await send(message)
 
     return announce
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """Return the path as Starlette's router sees it: without the mount it is under, if any.
 
     Never from the URL, whose host part a client can make to contain a path.
