@@ -314,6 +314,7 @@ class Actors:
             self._judge(process, error)
             return
         how = "NotConfirmed" if rotated.confirmed is None else rotated.confirmed.how
+        self._world.count("rotated")
         self._world.count(f"rotated, {how}")
         if rotated.confirmed is not None:
             self._world.oracle.rotated(facts)

@@ -26,7 +26,7 @@ MET = (
     "revoked before",
     "NotConfirmed",
     "narrowed",
-    "rotated, acknowledged",
+    "rotated",
     "suspended, acknowledged",
     "resumed",
 )
