@@ -141,6 +141,11 @@ class Guard:
         """Takes over keys that were issued elsewhere. The guard must be open."""
         return self._opened_parts().imports
 
+    async def ready(self) -> None:
+        """Open the guard if it is not yet, as the first request does. Raises `Unavailable`."""
+        with self._outages.noted():
+            await self._open_for_request()
+
     async def verify(self, token: str | bytes) -> VerifiedKey:
         """Return the key that *token* proves, opening the guard if it is not yet.
 

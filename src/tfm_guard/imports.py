@@ -95,6 +95,9 @@ class _Row(NamedTuple):
         """What two rows for one and the same key have in common."""
         return self.token or self.secret_hash.encode()
 
+    def __repr__(self) -> str:
+        return f"_Row(position={self.position}, prefix={self.prefix!r})"
+
 
 class Rehearsal:
     """Remembers, on disk, what an import would have brought, for as long as it is rehearsed."""

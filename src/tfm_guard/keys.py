@@ -36,9 +36,9 @@ from tfm_guard.records import (
     UsageRange,
     VerifiedKey,
 )
-from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
+from tfm_guard.scopes import DEFAULT_SCOPES, MANAGING_SCOPE, ScopeRegistry
 from tfm_guard.signs import status_of
-from tfm_guard.store import LockedAccount, LockedKey, PrefixTaken, Store, Transaction
+from tfm_guard.store import LockedKey, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
 from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
 from tfm_guard.usage import span_of, summarize
@@ -49,6 +49,8 @@ MAXIMUM_NAME_LENGTH: Final = 100
 DEFAULT_GRACE: Final = timedelta(hours=24)
 MAXIMUM_GRACE: Final = timedelta(days=7)
 
+_REPLACED: Final = "This key was rotated already, and works only until its grace ends."
+
 # With a billion keys every fourth prefix is taken; sixteen in a row are not.
 _MINTING_ATTEMPTS: Final = 16
 
@@ -58,6 +60,9 @@ class _Minted(NamedTuple):
 
     token: bytes
     secret_hash: str
+
+    def __repr__(self) -> str:
+        return f"_Minted({prefix_of(self.token)!r})"
 
 
 class KeyManager:
@@ -114,17 +119,15 @@ class KeyManager:
             actor = Actor.of(actor)._replace(name=actor_of(caller))
         name = _name(name)
         granted = self._scopes.grant(scopes)
-        if caller is not None:
-            _check_grant(granted, caller.scopes)
+        if caller is not None and (missing := granted - caller.scopes):
+            raise InsufficientScope(missing)
         if expires_at is not None:
             expires_at = future(expires_at, self._clock)
 
         async def create(transaction: Transaction, minted: _Minted) -> ApiKey:
             account = await transaction.lock_account(account_id)
-            if caller is not None:
-                held = await transaction.active_scopes(account_id, caller.key_id)
-                _check_grant(granted, held)
-            await self._check_limit(transaction, account)
+            await _check_caller(transaction, account_id, caller, granted)
+            self._check_limit(account.plan, await transaction.count_active_keys(account_id))
             key = self._new_key(
                 minted,
                 account_id=account_id,
@@ -136,6 +139,9 @@ class KeyManager:
             await self._insert(transaction, minted, key, actor)
             return key
 
+        # Looked at first: what is refused is not worth a hash, which takes others' time.
+        (held,) = await self._store.read_holdings([account_id])
+        self._check_limit(held.plan, held.active)
         minted, key, _ = await self._mint(create)
         return CreatedKey(token=minted.token.decode("ascii"), key=key)
 
@@ -158,13 +164,17 @@ class KeyManager:
         name: str | None = None,
         scopes: Iterable[str] | None = None,
         actor: str | Actor = "application",
+        caller: VerifiedKey | None = None,
     ) -> ApiKey:
         """Give an active key another *name*, or only some of its *scopes*; return what it is then.
 
         With *scopes*, even the same, it returns when no process lets the key do more, as `revoke`
-        does. Raises `InvalidInput` also for a scope that the key lacks; `KeyNotFound`;
-        `NotConfirmed`; `Unavailable`.
+        does. With *caller*, that key must still be active, and may manage keys. Raises
+        `InvalidInput`, also for a scope that the key lacks; `KeyNotFound`; `NotConfirmed`;
+        `InsufficientScope`; `InvalidToken`; `Unavailable`.
         """
+        if caller is not None:
+            actor = Actor.of(actor)._replace(name=actor_of(caller))
         if name is None and scopes is None:
             raise InvalidInput((), "missing", "Give a name, or scopes, or both")
         name = None if name is None else _name(name)
@@ -172,6 +182,7 @@ class KeyManager:
 
         async def change(transaction: Transaction) -> tuple[ApiKey, Change]:
             row = await _lock_active(transaction, account_id, key_id)
+            await _check_caller(transaction, account_id, caller)
             if kept is not None:
                 _check_narrowing(kept, row.scopes)
             new = row._replace(
@@ -216,9 +227,7 @@ class KeyManager:
 
         async def rotate(transaction: Transaction, minted: _Minted) -> ApiKey:
             row = await _lock_active(transaction, account_id, key_id)
-            if caller is not None:
-                held = await transaction.active_scopes(account_id, caller.key_id)
-                _check_grant(row.scopes, held)
+            await _check_caller(transaction, account_id, caller, row.scopes)
             await _check_not_replaced(transaction, row)
             end = transaction.now + grace
             if row.expires_at is not None:
@@ -239,6 +248,9 @@ class KeyManager:
             await _audit(transaction, row, actor, "rotated", meta)
             return key
 
+        # Looked at first, as when a key is created.
+        if (await self.get(account_id, key_id)).replaced_by is not None:
+            raise AlreadyReplaced(_REPLACED)
         minted, key, changes = await self._mint(rotate)
         confirmed = None
         with contextlib.suppress(NotConfirmed):
@@ -360,12 +372,11 @@ class KeyManager:
             meta=meta,
         )
 
-    async def _check_limit(self, transaction: Transaction, account: LockedAccount) -> None:
-        current = await transaction.count_active_keys(account.id)
+    def _check_limit(self, plan: str, current: int) -> None:
         # A plan that was taken out of the settings grants what an unknown account has.
-        limit = self._plans.get(account.plan, self._plans["free"])
+        limit = self._plans.get(plan, self._plans["free"])
         if current >= limit:
-            raise PlanLimitReached(plan=account.plan, limit=limit, current=current)
+            raise PlanLimitReached(plan=plan, limit=limit, current=current)
 
 
 def future(expires_at: datetime, clock: Clock) -> datetime:
@@ -439,22 +450,30 @@ async def _write_change(
 
 async def _check_not_replaced(transaction: Transaction, row: LockedKey) -> None:
     if row.replaced_by is not None:
-        raise AlreadyReplaced("This key was rotated already, and works only until its grace ends.")
+        raise AlreadyReplaced(_REPLACED)
     if await transaction.has_active_predecessor(row.account_id, row.id):
         raise AlreadyReplaced(
             "The key that this one replaced is still in its grace. Delete that one first, or wait."
         )
 
 
-def _check_grant(granted: frozenset[str], held: frozenset[str] | None) -> None:
-    """Refuse to grant what the caller does not hold, or holds no more.
+async def _check_caller(
+    transaction: Transaction,
+    account_id: str,
+    caller: VerifiedKey | None,
+    granted: frozenset[str] = frozenset(),
+) -> None:
+    """Refuse a *caller* that is active no more, may not manage keys, or lacks what is *granted*.
 
-    Asked again under the account's lock, which puts it in order with revoking the caller: that
-    must also end what the caller had begun, or it could leave itself a successor.
+    Asked under the account's lock, which puts it in order with revoking and narrowing the caller:
+    that must also end what the caller had begun, or it could leave itself a successor.
     """
+    if caller is None:
+        return
+    held = await transaction.active_scopes(account_id, caller.key_id)
     if held is None:
         raise InvalidToken("revoked or expired before the change was made")
-    if missing := granted - held:
+    if missing := (granted | {MANAGING_SCOPE}) - held:
         raise InsufficientScope(missing)
 
 

@@ -260,7 +260,8 @@ class KeyReader:
         ended = entry.revoked or known.suspended or known.expired
         # What a key was made with, nobody has ever known otherwise.
         if (ended or changed) and entry.version > max(self._freshness.floor(prefix), _FIRST):
-            kind: ChangeKind = "revoked" if entry.revoked else "narrowed"
+            kind: ChangeKind = "suspended" if known.suspended else "narrowed"
+            kind = "revoked" if entry.revoked else kind
             self._freshness.apply(Change(_UNNUMBERED, kind, prefix, entry.version))
 
     def _still_stands(self, prefix: str, beginning: Beginning) -> bool:

@@ -18,6 +18,8 @@ NO_SCOPE: Final = (
 )
 
 DEFAULT_SCOPES: Final = ("send",)
+# Without it, a key creates, changes and revokes no other.
+MANAGING_SCOPE: Final = "api-keys:write"
 
 BUILT_IN_SCOPES: Final[Mapping[str, str]] = MappingProxyType(
     {

@@ -30,6 +30,7 @@ _log: Final = logging.getLogger(__name__)
 FLUSH_SECONDS: Final = 5.0
 # How long closing waits for the last flush.
 _CLOSING_SECONDS: Final = 3.0
+_AGAIN_SECONDS: Final = 0.2
 # Keys in one transaction: on SQLite it keeps other changes waiting, for tens of milliseconds.
 _BATCH: Final = 10_000
 # Hours of keys that are kept while they cannot be written, at some 250 bytes each.
@@ -173,9 +174,12 @@ class Usage:
         while True:
             last = self._stopping.is_set()  # else what comes during this flush would be left
             await self._try_to_flush()
-            if last:
+            if not last:
+                await self._pause(FLUSH_SECONDS)
+            elif self._failing:
+                await self._clock.sleep(_AGAIN_SECONDS)  # until closing has no more time
+            else:
                 return
-            await self._pause(FLUSH_SECONDS)
 
     async def _pause(self, seconds: float) -> None:
         await self._clock.sleep(seconds, unless=self._stopping)

@@ -77,7 +77,9 @@ class Verifier:
         self._counters = counters
         self._proofs: dict[bytes, asyncio.Task[bool]] = {}
         self._renewals: set[asyncio.Task[None]] = set()
-        self.recall = _warm_path(local, freshness, digest_keys.current, usage, clock)
+        self.recall = _warm_path(
+            local, freshness, digest_keys.current, self._check_form, usage, clock
+        )
         freshness.listen(on_change=self._apply, on_flush=self._forget_everything)
 
     def __repr__(self) -> str:
@@ -218,8 +220,13 @@ class Verifier:
         self._reader.detach_all()
 
 
-def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a twentieth of it
-    local: LocalCache, freshness: Freshness, digest_key: DigestKey, usage: Usage, clock: Clock
+def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call would cost a twentieth
+    local: LocalCache,
+    freshness: Freshness,
+    digest_key: DigestKey,
+    check_form: Callable[[bytes], None],
+    usage: Usage,
+    clock: Clock,
 ) -> Callable[[Headers], VerifiedKey | None]:
     """Make the function that most requests need and nothing else.
 
@@ -257,6 +264,7 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
             # Anything may have stood there, and only what looks like a key is a wrong one.
             token = value[7:]
             if value.startswith(b"Bearer ") and (is_tagged(token) or is_untagged(token)):
+                check_form(token)
                 usage.refuse(entry.key_id)
                 raise InvalidToken(_WRONG)
             return None

@@ -99,7 +99,7 @@ def perform(keys: Keys, act: Act, made: object) -> str:
 def _refusal(keys: Keys, act: Act) -> str:
     live = {name: key for name, key in keys.items() if not key.revoked}
     if act.what == "create":
-        full = sum(key.replaced_by is None for key in live.values()) >= PLAN
+        full = sum(key.replaced_by not in live for key in live.values()) >= PLAN
         return "PlanLimitReached" if full else ""
     if act.what != "revoke" and act.key not in live:
         return "KeyNotFound"

@@ -232,7 +232,7 @@ async def test_a_caller_that_is_gone_by_then_leaves_nothing(
 
 async def test_a_key_rotates_itself(guard: Guard, database_url: str) -> None:
     """The log names the key that acted."""
-    created = await create(guard)
+    created = await create(guard, scopes=["send", "api-keys:write"])
     verified = await guard.verify(created.token)
     await guard.keys.rotate("acme", created.key.id, caller=verified)
     actors = {row.actor for row in execute(database_url, select(schema.audit))}

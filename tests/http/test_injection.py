@@ -130,6 +130,7 @@ ELSEWHERE: Final = {
     "store.usage.read": "Database.read is meant",
     "usage.Usage.close": "the others' close is meant",
     "usage.Usage._write": "the shared cache's is meant",
+    "http.management.ManagementApp._usage": "the verifier's counting is meant",
     "signs.Signs.stop": "it is started last, and so never stopped because opening failed",
     "store.store.Store.upgrade": "the function upgrade is meant",
     "confirmation.Confirmation.wait": "asyncio.wait is meant",

@@ -34,6 +34,7 @@ def test_a_guard_offers_what_is_built() -> None:
         "imports",
         "verify",
         "explain",
+        "ready",
         "holds",
         "watch",
         "open",

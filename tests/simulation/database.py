@@ -17,6 +17,7 @@ from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey, Tally
 from tfm_guard.store import (
     MARKED,
     FeedState,
+    Holding,
     Installation,
     LockedAccount,
     LockedKey,
@@ -88,10 +89,15 @@ class Tables:
         """Return the key with that id."""
         return next((row for row in self.keys.values() if row.id == key_id), None)
 
+    def is_replaced(self, row: KeyRow, now: datetime) -> bool:
+        """Tell whether another active key takes the place of that one."""
+        successor = None if row.replaced_by is None else self.key(row.replaced_by)
+        return successor is not None and is_active(successor, now)
+
     def count_active(self, account_id: str, now: datetime) -> int:
         """Count the keys of the account that the plan counts."""
         return sum(
-            row.account_id == account_id and row.replaced_by is None and is_active(row, now)
+            row.account_id == account_id and is_active(row, now) and not self.is_replaced(row, now)
             for row in self.keys.values()
         )
 
@@ -171,7 +177,12 @@ class SimTransaction:
                 self._change(kind, row, version=row.version + 1)
 
     async def states(self, account_id: str, *, kind: ChangeKind) -> list[Change]:
-        rows = (row for row in self._of(account_id) if row.confirmed_at is None)
+        past = self.now - timedelta(minutes=20)
+        rows = (
+            row
+            for row in self._of(account_id)
+            if row.confirmed_at is None and (row.revoked_at is not None or is_active(row, past))
+        )
         return [Change(self._tables.head, kind, row.prefix, row.version) for row in rows]
 
     async def suspend_account(self, account_id: str, suspended_at: datetime | None) -> None:
@@ -365,6 +376,22 @@ class SimStore:
 
     async def list_keys(self, account_id: str) -> list[ApiKey]:
         return await self._read(lambda: self._database.list_keys(account_id))
+
+    async def get_key(self, account_id: str, key_id: UUID) -> ApiKey | None:
+        keys = await self.list_keys(account_id)
+        return next((key for key in keys if key.id == key_id), None)
+
+    async def read_holdings(self, account_ids: Iterable[str]) -> list[Holding]:
+        tables, wanted = self._database.tables, list(account_ids)
+
+        def run() -> list[Holding]:
+            now = self._database.now
+            return [
+                Holding(one, tables.plans.get(one, "free"), tables.count_active(one, now))
+                for one in wanted
+            ]
+
+        return await self._read(run)
 
     async def transact(self, work: Callable[[Any], Awaitable[T]]) -> tuple[T, list[Change]]:
         begun: list[SimTransaction] = []

@@ -41,7 +41,7 @@ from tfm_guard.http.messages import (
 )
 from tfm_guard.http.middleware import APIKeyMiddleware, route_path
 from tfm_guard.http.openapi import describe
-from tfm_guard.http.persons import Identify, check_origin
+from tfm_guard.http.persons import Identify, check_origin, identified
 from tfm_guard.http.refusals import RefusalResponse, send_refusal
 from tfm_guard.keys import actor_of
 from tfm_guard.records import Actor, ApiKey, VerifiedKey
@@ -114,10 +114,11 @@ class ManagementApp:
             await self._app_for_keys(scope, receive, send)
             return
         try:
-            person = await self._identify(HTTPConnection(scope))
+            person = await identified(self._identify, HTTPConnection(scope))
             if person is None:
                 raise MissingCredentials
             check_origin(HTTPConnection(scope))
+            await self._guard.ready()
         except Refusal as refusal:
             response = RefusalResponse(refusal, self._guard.settings.realm)
             await send_refusal(scope, receive, send, response)
@@ -166,6 +167,7 @@ class ManagementApp:
                 name=None if wanted.name is UNSET else wanted.name,
                 scopes=None if wanted.permissions is UNSET else wanted.permissions,
                 actor=caller.actor,
+                caller=caller.key,
             )
         return _json(200, self._row(key))
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
-from tfm_guard.errors import Refusal
+from tfm_guard.errors import GuardError, Refusal
 from tfm_guard.records import Person
 
 # Returns who sent a request, none if nobody is signed in. It sees all of it but the body.
@@ -23,6 +23,14 @@ class CrossOrigin(Refusal):
 
     def __init__(self) -> None:
         super().__init__("This request came from another site.")
+
+
+async def identified(identify: Identify, connection: HTTPConnection) -> Person | None:
+    """Return who *identify* says sent a request. Raises `GuardError` if that is no `Person`."""
+    person = await identify(connection)
+    if person is not None and not isinstance(person, Person):
+        raise GuardError(f"identify returned a {type(person).__name__}, no tfm_guard.Person or None")
+    return person
 
 
 def check_origin(connection: HTTPConnection) -> None:

@@ -155,6 +155,8 @@ audit = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Index(None, "account_id", "created_at"),
     Index(None, "account_id", "id"),
+    # Or the number of a row that was deleted could come again, and a cursor would pass it over.
+    sqlite_autoincrement=True,
 )
 
 # What was last said about a key in the audit log: which sign of trouble, and upon what.

@@ -316,7 +316,8 @@ class Store:
             await self._begin(connection)
             await connection.execute(
                 update(schema.keys)
-                .where(schema.keys.c.id == key_id)
+                # Of one that is revoked, and perhaps erased, nothing more is kept.
+                .where(schema.keys.c.id == key_id, schema.keys.c.revoked_at.is_(None))
                 .values(digest=digest, digest_key_id=digest_key_id)
             )
 

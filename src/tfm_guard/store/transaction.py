@@ -1,7 +1,7 @@
 """The statements that a change is made of."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -18,6 +18,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     delete,
+    exists,
     func,
     insert,
     or_,
@@ -33,6 +34,8 @@ from tfm_guard.errors import GuardError
 from tfm_guard.records import SECURITY, Actor, ApiKey, Change, ChangeKind, TargetType
 from tfm_guard.store import feed, schema
 
+# After its end, no process accepts a key for so long, whatever its clock.
+_ENDED: Final = timedelta(minutes=20)
 # Whose the prefixes are that must stay taken. No account has this id: it is empty.
 ERASED_ACCOUNT: Final = ""
 
@@ -75,6 +78,9 @@ class NewKey(NamedTuple):
     digest_key_id: str | None
     created_by: str
 
+    def __repr__(self) -> str:
+        return f"NewKey({self.key!r})"
+
 
 class Holding(NamedTuple):
     """An account's plan, and how many keys it holds that are neither revoked nor expired."""
@@ -102,13 +108,11 @@ class Transaction:
 
         All that changes an account's keys takes this lock first, and so happens one by one.
         """
-        account = await self.lock_known_account(account_id)
-        if account is None:
+        # Again, as an account that is there when this would insert it may be erased before that.
+        while (account := await self.lock_known_account(account_id)) is None:
             dialect = postgresql if self._is_postgresql else sqlite
             new = dialect.insert(schema.accounts).values(id=account_id, plan="free")
             await self._connection.execute(new.on_conflict_do_nothing())
-            account = await self.lock_known_account(account_id)
-        assert account is not None  # noqa: S101  # it was there, or was inserted
         return account
 
     async def lock_known_account(self, account_id: str) -> LockedAccount | None:
@@ -131,11 +135,11 @@ class Transaction:
             .with_for_update()
         )
         known = set((await self._connection.execute(lock)).scalars())
-        if new := [{"id": one, "plan": "free"} for one in wanted if one not in known]:
+        while new := [{"id": one, "plan": "free"} for one in wanted if one not in known]:
             dialect = postgresql if self._is_postgresql else sqlite
             add = dialect.insert(schema.accounts).values(new).on_conflict_do_nothing()
             await self._connection.execute(add)
-            await self._connection.execute(lock)
+            known = set((await self._connection.execute(lock)).scalars())
         return await read_holdings(self._connection, wanted, self.now)
 
     async def set_plan(self, account_id: str, plan: str) -> None:
@@ -144,7 +148,7 @@ class Transaction:
         )
 
     async def count_active_keys(self, account_id: str) -> int:
-        """Count the keys of the account that are neither revoked nor expired nor replaced."""
+        """Count the keys of the account that its plan limits."""
         keys = schema.keys.c
         statement = (
             select(func.count())
@@ -231,14 +235,15 @@ class Transaction:
     async def states(self, account_id: str, *, kind: ChangeKind) -> list[Change]:
         """Return what the feed had last to say of the account's keys, as changes of that *kind*.
 
-        Only of keys about which some process may still believe something else: of those that are
-        not revoked for certain.
+        Only of keys about which some process may still believe something else: not of those that
+        are revoked for certain, or ended so long ago that no clock can be in doubt.
         """
         keys = schema.keys.c
         head = await self.head()
         rows = await self._connection.execute(
             select(keys.prefix, keys.version)
             .where(keys.account_id == account_id, keys.confirmed_at.is_(None))
+            .where(or_(keys.revoked_at.is_not(None), _goes_on(keys, self.now - _ENDED)))
             .order_by(keys.prefix)
         )
         return [Change(head, kind, row.prefix, row.version) for row in rows]
@@ -486,13 +491,25 @@ def _append_with(*writes: Update, audited: bool) -> Insert:
 
 def is_active(now: Any) -> tuple[Any, ...]:
     """Return the conditions under which a key is neither revoked nor expired at *now*."""
-    keys = schema.keys.c
-    return keys.revoked_at.is_(None), or_(keys.expires_at.is_(None), keys.expires_at > now)
+    return _is_active(schema.keys.c, now)
+
+
+def _is_active(keys: Any, now: Any) -> tuple[Any, ...]:
+    return keys.revoked_at.is_(None), _goes_on(keys, now)
+
+
+def _goes_on(keys: Any, now: Any) -> ColumnElement[bool]:
+    return or_(keys.expires_at.is_(None), keys.expires_at > now)
 
 
 def counts_for_plan(now: Any) -> tuple[Any, ...]:
-    """Return the conditions under which a key is one of those that a plan limits, at *now*."""
-    return *is_active(now), schema.keys.c.replaced_by.is_(None)
+    """Return the conditions under which a key is one of those that a plan limits, at *now*.
+
+    Of a rotated pair only the successor counts: so without that one, the key in its grace does.
+    """
+    successor = schema.keys.alias("successor").c
+    is_its = successor.id == schema.keys.c.replaced_by
+    return *is_active(now), ~exists().where(is_its, *_is_active(successor, now))
 
 
 def granted(scopes: str) -> frozenset[str]:

@@ -35,6 +35,7 @@ def upgrade() -> None:
         sa.Column("request_id", sa.Text(), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tfm_audit")),
+        sqlite_autoincrement=True,
     )
     op.create_index(
         op.f("ix_tfm_audit_account_id_created_at"),
