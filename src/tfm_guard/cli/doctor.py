@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
@@ -92,7 +93,7 @@ async def _examine_database(settings: "Settings") -> AsyncIterator[Finding]:
             return
     kind = settings.database_url.partition(":")[0]
     if look is None:
-        yield Finding("database", "good", "the file is not there; it is made when first used")
+        yield _missing_file_finding(settings.database_url)
         return
     yield Finding("database", "good", f"{kind} answers within {seconds * 1000:.1f} ms")
     yield _schema_finding(look)
@@ -101,6 +102,26 @@ async def _examine_database(settings: "Settings") -> AsyncIterator[Finding]:
     if look.settings:
         yield _lease_finding(look, seconds)
         yield Finding("processes", "good", f"{look.processes} in the register")
+
+
+def _missing_file_finding(url: str) -> Finding:
+    from tfm_guard.settings import read_database_url
+
+    path = Path(str(read_database_url(url).database))
+    if not path.parent.is_dir():
+        return Finding(
+            "database",
+            "wrong",
+            f"the folder {path.parent} does not exist",
+            "make it, or have TFM_GUARD_DATABASE_URL name a file in one that exists",
+        )
+    return Finding(
+        "database",
+        "advice",
+        f"the file {path} is not there",
+        "it is made when first used; if there are keys already, check that "
+        "TFM_GUARD_DATABASE_URL names their file",
+    )
 
 
 async def _timed_look(store: "Store") -> "tuple[float, float, Look | None]":

@@ -35,7 +35,11 @@ _LASTING: Final = re.compile(
 
 
 # The mark of a token, and more hexadecimal digits than its public prefix has.
-_TOKEN: Final = re.compile(r"tfm_k_[0-9a-fA-F]{12}")
+_TOKEN: Final = re.compile(r"tfm_k_[0-9a-f]{12}", re.IGNORECASE)
+# As many digits as stand after the mark, alone. One in 32 of the shortest looks like an id.
+_DIGITS: Final = re.compile(r"[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{48}")
+# A UUID, random or ordered by time, without its hyphens: accounts may be named like that.
+_UUID: Final = re.compile(r"[0-9a-f]{12}[47][0-9a-f]{3}[89ab][0-9a-f]{15}")
 
 
 class Failure(click.ClickException):
@@ -73,7 +77,7 @@ class Program(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Before anything else is said about them, which might quote it.
-        if any(_TOKEN.search(argument) for argument in args):
+        if any(_has_token(argument) for argument in args):
             raise click.UsageError(
                 "A key was given on the command line, where every user of this machine can read "
                 "it, and where shells keep it in their history: rotate or revoke it. Keys are "
@@ -88,6 +92,13 @@ class Program(click.Group):
             raise failure(error) from error
         except KeyboardInterrupt:
             raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _has_token(argument: str) -> bool:
+    value = argument.partition("=")[2] if argument.startswith("-") else argument
+    return _TOKEN.search(argument) is not None or (
+        _DIGITS.fullmatch(value.strip()) is not None and _UUID.fullmatch(value.strip()) is None
+    )
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """`tfm-guard keys list`, `show` and `verify`: what there is to know about keys."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -9,12 +11,18 @@ import click
 from tfm_guard.cli.failures import Failure
 from tfm_guard.cli.tables import print_json, print_table, short
 from tfm_guard.cli.tokens import read_token
+from tfm_guard.errors import KeyNotFound
 
 if TYPE_CHECKING:
     from tfm_guard.guard import Guard
-    from tfm_guard.records import ApiKey, Explanation
+    from tfm_guard.records import ApiKey, Explanation, KeyStatus
 
-_COLUMNS: Final = ("prefix", "name", "scopes", "created (UTC)", "last used", "expires")
+_COLUMNS: Final = ("prefix", "name", "scopes", "created (UTC)", "last used", "expires", "status")
+
+_UNTAGGED: Final = (
+    "it has no tag, as it was issued elsewhere, and TFM_GUARD_ACCEPT_UNTAGGED_TOKENS is not true "
+    "here"
+)
 
 account_option = click.option(
     "--account", required=True, help="Whose key it is, as your application names it."
@@ -27,11 +35,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @json_option
 def list_(account: str, *, as_json: bool) -> None:
     """List the active keys of an account, newest first."""
-    keys = asyncio.run(_list(account))
+    found = asyncio.run(_list(account))
     if as_json:
-        print_json([as_dict(key) for key in keys])
-    elif keys:
-        print_table(_COLUMNS, [_cells(key) for key in keys])
+        print_json([{**as_dict(key), "status": status} for key, status in found])
+    elif found:
+        print_table(_COLUMNS, [_cells(key, status) for key, status in found])
     else:
         click.echo(f'Account "{account}" has no active key.', err=True)
 
@@ -42,11 +50,13 @@ def list_(account: str, *, as_json: bool) -> None:
 @json_option
 def show(key: str, account: str, *, as_json: bool) -> None:
     """Show an active key. KEY is its prefix, of 8 digits, or its id."""
-    found = asyncio.run(_show(account, key))
+    with finding_key():
+        found, status = asyncio.run(_show(account, key))
+    fields = {**as_dict(found), "status": status}
     if as_json:
-        print_json(as_dict(found))
+        print_json(fields)
     else:
-        for name, value in as_dict(found).items():
+        for name, value in fields.items():
             click.echo(f"{name:14}{_in_words(value)}")
 
 
@@ -74,6 +84,18 @@ def as_dict(key: "ApiKey") -> dict[str, Any]:
     return {name: getattr(key, name) for name in key.__struct_fields__}
 
 
+@contextmanager
+def finding_key() -> Iterator[None]:
+    """Have it told what KEY may be where no such key is found."""
+    try:
+        yield
+    except KeyNotFound as error:
+        raise Failure(
+            error.message,
+            "KEY is the 8 digits after tfm_k_, or the id, of an active key of that account",
+        ) from error
+
+
 async def id_of(guard: "Guard", account: str, key: str) -> UUID:
     """Return the id of the account's *key*, given by its id or its prefix."""
     try:
@@ -82,25 +104,30 @@ async def id_of(guard: "Guard", account: str, key: str) -> UUID:
         return await guard.keys.id_of(account, key)
 
 
-async def _list(account: str) -> "list[ApiKey]":
+async def _list(account: str) -> "list[tuple[ApiKey, KeyStatus]]":
     from tfm_guard.guard import Guard
 
     async with Guard.from_environment() as guard:
-        return await guard.keys.list(account)
+        return [(key, guard.keys.status(key)) for key in await guard.keys.list(account)]
 
 
-async def _show(account: str, key: str) -> "ApiKey":
+async def _show(account: str, key: str) -> "tuple[ApiKey, KeyStatus]":
     from tfm_guard.guard import Guard
 
     async with Guard.from_environment() as guard:
-        return await guard.keys.get(account, await id_of(guard, account, key))
+        found = await guard.keys.get(account, await id_of(guard, account, key))
+        return found, guard.keys.status(found)
 
 
 async def _explain(token: str) -> "Explanation":
     from tfm_guard.guard import Guard
+    from tfm_guard.records import Explanation
+    from tfm_guard.token import is_untagged
 
     async with Guard.from_environment() as guard:
-        return await guard.explain(token)
+        told = await guard.explain(token)
+        accepted = guard.settings.accept_untagged_tokens or not is_untagged(token.encode())
+        return told if told.key is None or accepted else Explanation(key=told.key, reason=_UNTAGGED)
 
 
 def _verdict(told: "Explanation") -> dict[str, Any]:
@@ -123,7 +150,7 @@ def _proven(told: "Explanation") -> dict[str, Any]:
     }
 
 
-def _cells(key: "ApiKey") -> tuple[str, ...]:
+def _cells(key: "ApiKey", status: "KeyStatus") -> tuple[str, ...]:
     return (
         key.key_prefix,
         key.name,
@@ -131,6 +158,7 @@ def _cells(key: "ApiKey") -> tuple[str, ...]:
         short(key.created_at),
         short(key.last_used_at),
         short(key.expires_at),
+        status,
     )
 
 

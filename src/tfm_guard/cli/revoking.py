@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from tfm_guard.cli.failures import Failure, NotNow
-from tfm_guard.cli.key_views import id_of, json_option
+from tfm_guard.cli.key_views import finding_key, id_of, json_option
 from tfm_guard.cli.tables import print_json, print_table
 from tfm_guard.cli.tokens import read_tokens
 from tfm_guard.errors import KeyNotFound, NotConfirmed, Unavailable
@@ -46,7 +46,8 @@ def revoke(key: str | None, account: str | None, *, leaked: bool, as_json: bool)
     """Revoke a key for good; return when it is refused everywhere.
 
     KEY is its prefix, of 8 digits, or its id. With --leaked the tokens of any number of keys, of
-    whichever accounts, are read from stdin, one a line; each is told by its line and its prefix.
+    whichever accounts, are read from stdin, each in a line, alone or among other text, as grep
+    prints it; each is told by its line and its prefix.
     The exit code is then 1 if one proves no key, and 3 if one could not be revoked now.
 
     Exit code 3 says that the key is revoked, and that it could not be made sure in time that every
@@ -57,16 +58,25 @@ def revoke(key: str | None, account: str | None, *, leaked: bool, as_json: bool)
     if leaked:
         _revoke_leaked(as_json=as_json)
         return
-    done = asyncio.run(_revoke(str(account), str(key)))
+    with finding_key():
+        done = asyncio.run(_revoke(str(account), str(key)))
     if as_json:
         print_json({name: getattr(done, name) for name in done.__struct_fields__})
-    click.echo(
-        f"Revoked. Refused everywhere after {done.seconds * 1000:.0f} ms, "
-        f"by {done.how} of {done.workers} processes."
-        if done.how == "acknowledged"
-        else f"Revoked. Refused everywhere after {done.seconds:.1f} s: a process did not answer, "
-        "and its lease has ended.",
-        err=True,
+    click.echo(_in_words(done), err=True)
+
+
+def _in_words(done: "Revocation") -> str:
+    if done.how == "lease":
+        return (
+            f"Revoked. Refused everywhere after {done.seconds:.1f} s: not every process answered, "
+            "and none can trust what it remembers any more."
+        )
+    all_of_them = (
+        "the only process has" if done.workers == 1 else f"all {done.workers} processes have"
+    )
+    return (
+        f"Revoked. Refused everywhere after {done.seconds * 1000:.0f} ms: "
+        f"{all_of_them} acknowledged it."
     )
 
 
@@ -86,6 +96,8 @@ def _revoke_leaked(*, as_json: bool) -> None:
     elif leaks:
         columns = ("line", "prefix", "outcome", "account", "name", "reason")
         print_table(columns, [_cells(leak) for leak in leaks])
+    if not leaks:
+        click.echo("No token came on stdin; nothing was revoked.", err=True)
     outcomes = [leak.outcome for leak in leaks]
     lacking = outcomes.count(UNCONFIRMED) + outcomes.count(NOT_NOW)
     if lacking:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from tfm_guard.cli.failures import naming
-from tfm_guard.cli.key_views import account_option, id_of, json_option
+from tfm_guard.cli.key_views import account_option, finding_key, id_of, json_option
 from tfm_guard.cli.new_tokens import print_token, require_stdout
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ def rotate(key: str, account: str, grace: timedelta, *, as_json: bool) -> None:
     written, the new key is revoked again, and the old one ends with its grace.
     """
     require_stdout()
-    with naming(grace="--grace"):
+    with finding_key(), naming(grace="--grace"):
         rotated = asyncio.run(_rotate(account, key, grace, as_json=as_json))
     click.echo(
         f'The key "{rotated.key.name}" ({rotated.key.key_prefix}) of account "{account}" takes the '
-        f"place of {key}, which works on for {grace}.\n"
+        f"place of {key}, which {_ending(grace)}.\n"
         "Keep its token now: it is not shown again.",
         err=True,
     )
@@ -64,6 +64,15 @@ def rotate(key: str, account: str, grace: timedelta, *, as_json: bool) -> None:
             "Some process may not know yet when the old key ends. To be sure, revoke that one.",
             err=True,
         )
+
+
+def _ending(grace: timedelta) -> str:
+    """Return what becomes of the old key, in the largest unit of which *grace* is a multiple."""
+    if not grace:
+        return "ends at once"
+    unit = next(unit for unit in ("days", "hours", "minutes") if not grace % timedelta(**{unit: 1}))
+    count = grace // timedelta(**{unit: 1})
+    return f"works on for {count} {unit if count > 1 else unit.removesuffix('s')}"
 
 
 async def _rotate(account: str, key: str, grace: timedelta, *, as_json: bool) -> "RotatedKey":

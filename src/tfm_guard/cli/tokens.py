@@ -1,6 +1,8 @@
 """Tokens come from stdin or from a prompt, never from arguments, which every user can read."""
 
+import re
 import sys
+from collections.abc import Iterable
 from typing import Final
 
 import click
@@ -10,6 +12,9 @@ from tfm_guard.cli.failures import INTERRUPTED, Failure
 
 _MOST_READ: Final = 1000  # bytes; a token has 54
 _MOST_READ_OF_MANY: Final = 16 * 2**20  # bytes; of some 300,000 tokens
+
+# A token among other text. A prefix with its mark, which may stand in any log, is none.
+_TOKEN: Final = re.compile(r"tfm_k_[0-9a-f]{32,}")
 
 
 def read_token(prompt: str, whose: str, usage: str) -> str:
@@ -29,17 +34,26 @@ def read_token(prompt: str, whose: str, usage: str) -> str:
 
 
 def read_tokens(usage: str) -> list[tuple[int, str]]:
-    """Return the tokens on stdin, one a line, with the numbers of their lines.
+    """Return the tokens on stdin, with the numbers of their lines.
 
-    At a terminal they are asked for until nothing is entered.
+    Where a line has no token in it, all of it is taken for one, to be told as unknown. At a
+    terminal they are asked for until nothing is entered.
     """
     if _stdin_is_terminal(usage):
-        return list(enumerate(iter(lambda: _ask("Key (none to end)").strip(), ""), start=1))
+        return _find_tokens(iter(lambda: _ask("Key (none to end)").strip(), ""))
     content = sys.stdin.buffer.read(_MOST_READ_OF_MANY + 1)
     if len(content) > _MOST_READ_OF_MANY:
         raise Failure(f"stdin: more than {_MOST_READ_OF_MANY} bytes; give them in several parts")
-    lines = content.decode("utf-8-sig", errors="replace").split("\n")
-    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    return _find_tokens(content.decode("utf-8-sig", errors="replace").split("\n"))
+
+
+def _find_tokens(lines: Iterable[str]) -> list[tuple[int, str]]:
+    return [
+        (number, token)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+        for token in dict.fromkeys(_TOKEN.findall(line) or [line.strip()])
+    ]
 
 
 def _stdin_is_terminal(usage: str) -> bool:
