@@ -25,7 +25,7 @@ from tfm_guard.errors import Refusal
 from tfm_guard.freshness import FLOOR_SECONDS
 from tfm_guard.http import management, messages, persons
 from tfm_guard.http.messages import CreatedKeyResponse, KeyRow
-from tfm_guard.records import AuditRow, KeyStatus
+from tfm_guard.records import AuditRow, KeyStatus, Looked
 from tfm_guard.scopes import BUILT_IN_SCOPES
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import MAX_AGE_SECONDS
@@ -45,6 +45,53 @@ if "app" in globals():
 """
 
 
+# Put after the program of docs/management-api.md: what it says of people who are signed in.
+VISIT_SIGNED_IN = """
+from starlette.testclient import TestClient
+
+KEYS, ELSEWHERE = "/console/v1/api-keys/", {"Sec-Fetch-Site": "cross-site"}
+
+
+def code(answer):
+    return answer.status_code, answer.json()["detail"]["code"]
+
+
+def signed_in(session):
+    return TestClient(app, cookies={"session": session})
+
+
+with signed_in("session-of-7") as manager:
+    created = manager.post(KEYS, json={"name": "CI"})
+    assert created.status_code == 201
+    path, token = KEYS + created.json()["id"], created.json()["key"]
+    assert code(manager.post(KEYS, json={"name": "x"}, headers=ELSEWHERE)) == (403, "cross_origin")
+    assert code(manager.post(KEYS + "self/revoke")) == (401, "missing_credentials")
+
+    member = signed_in("session-of-8")
+    for seen in (KEYS, path + "/usage", "/console/v1/audit-log"):
+        assert member.get(seen).status_code == 200
+    for method, refused in (
+        ("POST", KEYS),
+        ("PATCH", path),
+        ("DELETE", path),
+        ("POST", path + "/rotate"),
+        ("POST", KEYS + "self/revoke"),
+    ):
+        assert code(member.request(method, refused, json={"name": "x"})) == (403, "not_allowed")
+
+    assert code(TestClient(app).get(KEYS)) == (401, "missing_credentials")
+    by_key = {"Authorization": f"Bearer {token}"}
+    assert code(manager.get(KEYS, headers=by_key)) == (403, "insufficient_scope")
+    assert manager.post("/v1/send", headers=by_key).status_code == 202
+    logged = manager.get("/console/v1/audit-log").json()["items"]
+    assert [row["actor"] for row in logged] == ["person:7"]
+
+    behind = TestClient(APIKeyMiddleware(app, guard=guard), cookies={"session": "session-of-7"})
+    assert code(behind.get(KEYS)) == (401, "missing_credentials")
+    assert manager.delete(path).status_code == 204
+"""
+
+
 PROGRAM = re.compile(r"^```python complete\n(.+?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -55,6 +102,19 @@ def programs() -> list[Any]:
         for page in PAGES
         for number, program in enumerate(PROGRAM.findall(page.read_text()))
     ]
+
+
+def run(program: str, folder: Path) -> None:
+    """Run *program* in *folder*: it ends well, and writes nothing to stderr."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=folder,
+        env={},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def table(text: str, *columns: str) -> list[tuple[str, ...]]:
@@ -84,24 +144,22 @@ def commands(command: click.Command, path: str) -> Iterator[str]:
 
 
 def test_there_are_complete_programs() -> None:
-    """One program mounts the guard, one manages keys, one streams for as long as a key holds."""
+    """Two mount the guard, one of them for people; one manages keys; one streams."""
     found = [parameter.id for parameter in programs()]
-    assert found == ["README.md-0", "README.md-1", "live-connections.md-0"]
+    assert found == ["README.md-0", "README.md-1", "live-connections.md-0", "management-api.md-0"]
 
 
 @pytest.mark.parametrize("program", programs())
 def test_a_complete_program_runs(program: str, tmp_path: Path) -> None:
     """It runs as it stands in an empty folder; the app that it defines, if any, refuses."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program + VISIT],
-        cwd=tmp_path,
-        env={},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    run(program + VISIT, tmp_path)
     assert (tmp_path / "tfm_guard.db").exists()
+
+
+def test_people_may_do_what_the_page_says(tmp_path: Path) -> None:
+    """In its example members look, managers change, and the middleware lets neither in."""
+    (program,) = PROGRAM.findall((ROOT / "docs" / "management-api.md").read_text())
+    run(program + VISIT_SIGNED_IN, tmp_path)
 
 
 def test_the_settings_table_is_complete() -> None:
@@ -184,6 +242,38 @@ def test_the_audit_log_is_documented() -> None:
     assert f"expires within {EXPIRING.days} days" in page
     assert f"last use was {IDLE.days} days ago" in page
     assert f"{BATCH} at a time" in page
+
+
+def test_the_actions_in_the_audit_log_are_documented(tmp_path: Path) -> None:
+    """docs/audit-log.md has each action; setting a plan is none, and erasing deletes the rows."""
+    page = (ROOT / "docs" / "audit-log.md").read_text()
+    cells = [row[0] for row in table(page, "action", "when")]
+    documented = {action.strip(" `") for cell in cells for action in cell.split(",")}
+    signs = {f"api_key.{sign}" for sign in Looked.__struct_fields__ if sign != "keys"}
+    done = asyncio.run(_all_actions(f"sqlite:///{tmp_path}/keys.db"))
+    assert documented == done | signs | {"api_key.imported"}
+
+
+async def _all_actions(url: str) -> set[str]:
+    """Do to an account and its key all that is done from Python, at last erase it."""
+    async with Guard.from_urls(database=url) as guard:
+        await guard.accounts.set_plan("acme", "pro")
+        assert (await guard.audit.list("acme")).items == []
+        key = (await guard.keys.create(account_id="acme", name="CI", scopes=["send"])).key
+        await guard.keys.change("acme", key.id, name="CD", scopes=[])
+        await guard.keys.rotate("acme", key.id)
+        await guard.keys.revoke("acme", key.id)
+        await guard.accounts.suspend("acme")
+        await guard.accounts.resume("acme")
+        await guard.accounts.suspend("acme")
+        actions = {row.action for row in (await guard.audit.list("acme")).items}
+        await guard.accounts.erase("acme")
+        assert (await guard.audit.list("acme")).items == []
+        # The same id is then a new account.
+        await guard.keys.create(account_id="acme", name="CI", scopes=["send"])
+        account = await guard.accounts.get("acme")
+        assert (account.plan, account.suspended_at) == ("free", None)
+        return actions
 
 
 def test_nothing_says_that_every_request_asks_the_database() -> None:
