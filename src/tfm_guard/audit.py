@@ -20,7 +20,7 @@ _LENGTHS: Final[dict[AuditRange, timedelta]] = {
 
 
 class AuditLog:
-    """Reads the audit log. Rows are only ever added to it."""
+    """Reads the audit log. Its rows are never changed; erasing and pruning remove some."""
 
     def __init__(self, *, store: Store) -> None:
         self._store = store

@@ -83,7 +83,7 @@ class NewKey(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """An account's plan, and how many keys it holds that are neither revoked nor expired."""
+    """An account's plan, and how many of the keys that it limits there are."""
 
     account_id: str
     plan: str
