@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate faults check bench lock test-floors clean
+.PHONY: help demo test simulate breaks faults check bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -24,6 +24,9 @@ test: .venv/.ready ## Run the whole test suite in two processes (ARGS="-k revoke
 simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --steps 1000000").
 	@.venv/bin/python -m tests.simulation $(ARGS)
 
+breaks: .venv/.ready ## Break each rule of the code in turn: something must fail, for some 5 minutes.
+	@.venv/bin/python -m tests.simulation.all_breaks
+
 faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
 	@.venv/bin/python -m tests.faults $(ARGS)
 
@@ -33,8 +36,9 @@ check: .venv/.ready ## Lint; check the formatting, the types and the floors (who
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest -q tests/project/test_floors.py
 
-bench: .venv/.ready ## Measure what the middleware adds to a request (ARGS=--json).
+bench: .venv/.ready ## Measure what the middleware adds to a request, and usage (ARGS=--json).
 	@.venv/bin/python benchmarks/warm_path.py $(ARGS)
+	@.venv/bin/python benchmarks/usage.py $(ARGS)
 
 lock: build/uv/.ready ## Resolve both lock files anew: newest versions, oldest allowed ones.
 	@$(COMPILE) --upgrade -o requirements/dev.lock

@@ -145,7 +145,7 @@ class Confirmation:
         )
 
     async def _read_register(self) -> Register | None:
-        """Return who is in the register but this process; none where that cannot be read.
+        """Return who is in the register; none where that cannot be read.
 
         All who wait share one reading at a time, each one that begins after it was asked for.
         """

@@ -17,3 +17,6 @@ class Counters(Struct, kw_only=True):
     hashes: int = 0  # argon2 computations, for creating and for verifying
     link_rejected: int = 0  # messages on the link that were not sealed by one of us
     flushes: int = 0  # times that everything remembered was forgotten
+    usage_flushes: int = 0  # batches of last uses and counts that were written
+    usage_failures: int = 0  # times that one could not be written, and was kept
+    usage_dropped: int = 0  # requests that were not counted, because too much was kept

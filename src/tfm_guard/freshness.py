@@ -32,6 +32,7 @@ from uuid import UUID
 from tfm_guard.clock import Clock
 from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
+from tfm_guard.outages import Seldom
 from tfm_guard.records import Change
 from tfm_guard.shared_cache import MAX_AGE_SECONDS
 from tfm_guard.store import FeedState, Installation, Place, Store
@@ -72,6 +73,7 @@ class Freshness:
         self._clock = clock
         self._random = random
         self._counters = counters
+        self._forgetting = Seldom(clock)
         self.worker_id = _NOBODY  # in the register; another one whenever it registers anew
         self._entered: UUID | None = None  # a row in the register that nothing has come of yet
         self._seen = 0
@@ -118,8 +120,9 @@ class Freshness:
         if self._tasks:
             await asyncio.wait(self._tasks)
         with contextlib.suppress(Unavailable):
-            for row in {self.worker_id, self._entered or self.worker_id}:
-                await self._store.unregister_worker(row)
+            await self._store.unregister_worker(self.worker_id)
+            if self._entered is not None:
+                await self._store.unregister_worker(self._entered)
 
     def is_fresh(self) -> bool:
         """Tell whether memory counts now."""
@@ -283,7 +286,10 @@ class Freshness:
 
     def _forget_everything(self) -> None:
         """Forget all that is remembered, but for the floors, which only ever refuse."""
-        _log.warning("this process forgets what it remembers, and starts afresh")
+        if count := self._forgetting.due():  # a process that fails to join comes here at each poll
+            _log.warning(
+                "this process forgets what it remembers, and starts afresh (%d times)", count
+            )
         self._counters.flushes += 1
         self.fresh_until = self._feed = self._heard = -math.inf
         self._link_counts = False

@@ -1,21 +1,19 @@
 """The guard: what an application holds. The only place that builds the parts."""
 
 import asyncio
-import logging
-import math
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import (
     AbstractContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
 )
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from tfm_guard.accounts import AccountManager
+from tfm_guard.audit import AuditLog
 from tfm_guard.bearer import Headers, as_headers
 from tfm_guard.clock import Clock, SystemClock
 from tfm_guard.confirmation import Confirmation
@@ -27,14 +25,17 @@ from tfm_guard.keys import KeyManager
 from tfm_guard.link import Link, Seals
 from tfm_guard.live import LiveConnection, LiveConnections
 from tfm_guard.local_cache import LocalCache, NegativeCache
+from tfm_guard.outages import Outages
 from tfm_guard.reader import KeyReader
 from tfm_guard.records import VerifiedKey
 from tfm_guard.redis_access import RedisAccess
 from tfm_guard.scopes import ScopeRegistry
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import SharedCache
+from tfm_guard.signs import Signs
 from tfm_guard.store import Store
 from tfm_guard.token import DigestKeys, Tagger, derive
+from tfm_guard.usage import Usage
 from tfm_guard.verifier import Verifier
 
 if TYPE_CHECKING:
@@ -42,11 +43,8 @@ if TYPE_CHECKING:
 
     from tfm_guard.http.persons import Identify
 
-_log: Final = logging.getLogger(__name__)
-
 # How long a request waits for the guard to open, should it be the first to need it.
 _OPENING_SECONDS: Final = 5.0
-_LOG_INTERVAL_SECONDS: Final = 10.0
 
 
 class _Parts(NamedTuple):
@@ -56,6 +54,8 @@ class _Parts(NamedTuple):
     live: LiveConnections
     keys: KeyManager
     accounts: AccountManager
+    audit: AuditLog
+    signs: Signs
     ending: AsyncExitStack
 
 
@@ -120,6 +120,19 @@ class Guard:
     def accounts(self) -> AccountManager:
         """Puts accounts on plans, suspends, resumes and erases them. The guard must be open."""
         return self._opened_parts().accounts
+
+    @property
+    def audit(self) -> AuditLog:
+        """Lists the audit log, and follows it with a cursor. The guard must be open."""
+        return self._opened_parts().audit
+
+    @property
+    def signs(self) -> Signs:
+        """Looks for signs of trouble with keys, and writes them to the audit log.
+
+        The guard must be open; then it looks once an hour by itself.
+        """
+        return self._opened_parts().signs
 
     async def verify(self, token: str | bytes) -> VerifiedKey:
         """Return the key that *token* proves, opening the guard if it is not yet.
@@ -312,6 +325,15 @@ class Guard:
                     counters=counters,
                 )
             local = LocalCache(settings.local_cache_size)
+            usage = Usage(
+                store=store,
+                local=local,
+                freshness=freshness,
+                clock=clock,
+                random=self._random,
+                counters=counters,
+            )
+            ending.push_async_callback(usage.close)  # after all that verifies has ended
             verifier = Verifier(
                 local=local,
                 negative=NegativeCache(settings.local_cache_size),
@@ -331,6 +353,7 @@ class Guard:
                 tagger=tagger,
                 digest_keys=digest_keys,
                 accept_untagged=settings.accept_untagged_tokens,
+                usage=usage,
                 clock=clock,
                 counters=counters,
             )
@@ -338,6 +361,7 @@ class Guard:
             store.on_commit(freshness.apply)
             ending.push_async_callback(freshness.stop)
             await freshness.start()
+            usage.start()
             if link is not None:
                 ending.push_async_callback(link.stop)
                 await link.start()
@@ -363,7 +387,11 @@ class Guard:
             live = LiveConnections(freshness=freshness, holds=self.holds, clock=clock)
             ending.push_async_callback(live.close)
             accounts = AccountManager(store=store, confirmation=confirmation, plans=settings.plans)
-            return _Parts(verifier, live, keys, accounts, ending.pop_all())
+            signs = Signs(store=store, clock=clock)
+            ending.push_async_callback(signs.stop)
+            signs.start()
+            audit = AuditLog(store=store)
+            return _Parts(verifier, live, keys, accounts, audit, signs, ending.pop_all())
 
     def _new_store(self) -> Store:
         return Store(
@@ -392,50 +420,6 @@ class Guard:
         self._opening = None
         self._loop = None
         self._store = self._new_store()
-
-
-class Outages:
-    """Says that keys cannot be verified: at once, and then at intervals for as long as it lasts.
-
-    A log line for each request would hide what else the log says.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._count = 0
-        self._quiet_until = -math.inf
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note what keeps the block from knowing about a token, and raise it as `Unavailable`."""
-        try:
-            yield
-        except InvalidToken:
-            raise
-        except Unavailable as error:
-            self.note(error.reason)
-            raise
-        except GuardError as error:
-            self.note(str(error))
-            raise Unavailable("the guard cannot be opened") from error
-        except Exception as error:
-            # A fault of ours. Nothing is known about the token, so nothing is said about it.
-            self.note(type(error).__name__, fault=error)
-            raise Unavailable("internal error") from error
-
-    def note(self, reason: str, *, fault: Exception | None = None) -> None:
-        """Note a token that could not be verified, for *reason*; show where a *fault* arose."""
-        self._count += 1
-        now = self._clock.monotonic()
-        if now >= self._quiet_until:
-            _log.error(
-                "%d tokens could not be verified, the last: %s",
-                self._count,
-                reason,
-                exc_info=fault,
-            )
-            self._count = 0
-            self._quiet_until = now + _LOG_INTERVAL_SECONDS
 
 
 def _recall_nothing(_headers: Headers) -> None:

@@ -29,14 +29,17 @@ from tfm_guard.records import (
     ApiKey,
     Change,
     CreatedKey,
+    KeyUsage,
     Revocation,
     RotatedKey,
+    UsageRange,
     VerifiedKey,
 )
 from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
 from tfm_guard.store import LockedAccount, LockedKey, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
 from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
+from tfm_guard.usage import span_of, summarize
 
 T = TypeVar("T")
 
@@ -241,6 +244,23 @@ class KeyManager:
         return RotatedKey(
             token=minted.token.decode("ascii"), key=key, replaces=key_id, confirmed=confirmed
         )
+
+    async def usage(
+        self,
+        account_id: str,
+        key_id: UUID,
+        *,
+        range: UsageRange = "24h",  # noqa: A002  # named as in the management API
+    ) -> KeyUsage:
+        """Return how often *key_id* of *account_id* was accepted and refused, revoked or not.
+
+        By hour for *range* "24h" and "7d", by day (UTC) for "30d" and "90d". What happened in the
+        last 5 s may be missing. Raises `KeyNotFound`, `InvalidInput` and `Unavailable`.
+        """
+        found = await self._store.read_usage(account_id, key_id, span_of(range))
+        if found is None:
+            raise KeyNotFound
+        return summarize(range, *found)
 
     async def revoke(
         self, account_id: str, key_id: UUID, *, actor: str | Actor = "application"

@@ -30,6 +30,61 @@ class Actor(NamedTuple):
         return cls(actor) if isinstance(actor, str) else actor
 
 
+# How far back the audit log is listed.
+AuditRange = Literal["24h", "7d", "30d", "90d"]
+
+# What there is to say about a key that is active, the most pressing first (signs.py).
+KeyStatus = Literal["replaced", "expiring", "idle", "never_used", "ok"]
+
+
+class AuditRow(Struct, frozen=True, kw_only=True):
+    """A row of an account's audit log, as the management API shows it."""
+
+    id: int
+    actor: str
+    action: str
+    target_type: str
+    target_name: str
+    target_id: str
+    category: str
+    meta: dict[str, Any]
+    request_id: str | None
+    created_at: datetime
+
+
+class AuditPage(Struct, frozen=True, kw_only=True):
+    """The newest rows of an account's audit log within *range*, of *total* that there are."""
+
+    items: list[AuditRow]
+    range: AuditRange
+    total: int
+
+
+class AuditEvent(AuditRow, frozen=True, kw_only=True):
+    """A row of the audit log, with the account that it is about."""
+
+    account_id: str
+
+
+class AuditEvents(Struct, frozen=True, kw_only=True):
+    """Rows of the audit log in the order in which they were committed.
+
+    What comes after them comes after *cursor*.
+    """
+
+    items: list[AuditEvent]
+    cursor: int
+
+
+class Looked(Struct, frozen=True, kw_only=True):
+    """What a look for signs of trouble came to: *keys* looked at, and events written by kind."""
+
+    keys: int
+    idle: int
+    expiring: int
+    unusual_use: int
+
+
 class ApiKey(Struct, frozen=True, kw_only=True):
     """A managed key as its account sees it; the token itself is nowhere in it."""
 
@@ -104,6 +159,40 @@ class Revocation(Struct, frozen=True, kw_only=True):
     how: Literal["acknowledged", "lease"]
     workers: int
     seconds: float
+
+
+UsageRange = Literal["24h", "7d", "30d", "90d"]
+
+
+class UsageBucket(Struct, frozen=True, kw_only=True):
+    """How many requests of the hour, or the day, from *start* on were *accepted* and *refused*."""
+
+    start: datetime  # UTC
+    accepted: int
+    refused: int
+
+
+class KeyUsage(Struct, frozen=True, kw_only=True):
+    """The use of a key over *range*, by hour or day: every one, the oldest first."""
+
+    range: UsageRange
+    unit: Literal["hour", "day"]
+    accepted: int
+    refused: int
+    buckets: list[UsageBucket]
+
+
+class Tally(Struct, gc=False):
+    """Requests of one *hour*, counted from 1970, with the key *key_id*, that are yet to be added.
+
+    *used_at* is when one was last accepted, in seconds of the database's clock since 1970.
+    """
+
+    key_id: bytes
+    hour: int
+    accepted: int = 0
+    refused: int = 0
+    used_at: float | None = None
 
 
 class KeyCredentials(AuthCredentials):

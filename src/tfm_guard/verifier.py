@@ -6,7 +6,9 @@ count only while the process is fresh; the store always does. `recall` is the wa
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import lru_cache
 from hmac import compare_digest
 from typing import Final
 from uuid import UUID
@@ -17,7 +19,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing
-from tfm_guard.local_cache import LocalCache, NegativeCache
+from tfm_guard.local_cache import Denial, LocalCache, NegativeCache
 from tfm_guard.reader import KeyReader, Known, Unproven
 from tfm_guard.records import Change, StoredKey, VerifiedKey
 from tfm_guard.store import Store
@@ -29,6 +31,7 @@ from tfm_guard.token import (
     is_untagged,
     prefix_of,
 )
+from tfm_guard.usage import Usage
 
 _log: Final = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Verifier:
         tagger: Tagger,
         digest_keys: DigestKeys,
         accept_untagged: bool,
+        usage: Usage,
         clock: Clock,
         counters: Counters,
     ) -> None:
@@ -65,11 +69,12 @@ class Verifier:
         self._tagger = tagger
         self._digest_keys = digest_keys
         self._accept_untagged = accept_untagged
+        self._usage = usage
         self._clock = clock
         self._counters = counters
         self._proofs: dict[bytes, asyncio.Task[bool]] = {}
         self._renewals: set[asyncio.Task[None]] = set()
-        self.recall = _warm_path(local, freshness, digest_keys.current, clock)
+        self.recall = _warm_path(local, freshness, digest_keys.current, usage, clock)
         freshness.listen(on_change=self._apply, on_flush=self._forget_everything)
 
     def __repr__(self) -> str:
@@ -79,24 +84,22 @@ class Verifier:
         """Return the key that *token* proves. Raises `InvalidToken` or `Unavailable`."""
         self._check_form(token)
         digest = self._digest_keys.current.digest(token)
-        if self._freshness.is_fresh() and (reason := self._negative.get(digest)):
+        if self._freshness.is_fresh() and (denial := self._negative.get(digest)):
             self._counters.negative_hits += 1
-            raise InvalidToken(reason)
+            raise self._denied(denial)
         negative_epoch = self._negative.epoch
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                found = await self._reader.find(prefix_of(token))
-                if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
-                    found = self._reader.proven(found, digest)
-        except TimeoutError:
-            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+        async with _deadline():
+            found = await self._reader.find(prefix_of(token))
+            if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
+                found = self._reader.proven(found, digest)
         if isinstance(found, Known) and compare_digest(digest, found.entry.digest):
             reason = _inactivity(found)
             if reason is None:
+                self._usage.accept(found.entry.key_id.bytes)
                 return found.key
         else:
             reason = "unknown prefix" if found is None else "wrong secret"
-        raise self._refusal(reason, digest, negative_epoch)
+        raise self._refusal(_denial(reason, _id_of(found)), digest, negative_epoch)
 
     async def holds(self, key: VerifiedKey) -> bool:
         """Tell whether *key*, verified earlier, is still active with all its scopes.
@@ -107,11 +110,8 @@ class Verifier:
         now = self._clock.monotonic()
         if remembered is not None and now < min(self._freshness.fresh_until, remembered.deadline):
             return _covers(remembered.key.key_id, remembered.key.scopes, key)
-        try:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                found = await self._reader.find(key.key_prefix)
-        except TimeoutError:
-            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+        async with _deadline():
+            found = await self._reader.find(key.key_prefix)
         if isinstance(found, Unproven):
             return _is_active(found.row) and _covers(found.row.id, found.row.scopes, key)
         return (
@@ -133,16 +133,21 @@ class Verifier:
         elif not (self._accept_untagged and is_untagged(token)):
             raise InvalidToken("not of the form of a key")
 
-    def _refusal(self, reason: str, digest: bytes, negative_epoch: int) -> InvalidToken:
+    def _refusal(self, denial: Denial, digest: bytes, negative_epoch: int) -> InvalidToken:
         # A suspension may end, and then its keys are good at once; the other reasons are for good,
         # but for an unknown prefix, whose creation empties the negative cache.
         if (
-            reason != _SUSPENDED
+            denial.reason != _SUSPENDED
             and self._freshness.is_fresh()
             and self._negative.epoch == negative_epoch
         ):
-            self._negative.put(digest, reason)
-        return InvalidToken(reason)
+            self._negative.put(digest, denial)
+        return self._denied(denial)
+
+    def _denied(self, denial: Denial) -> InvalidToken:
+        if denial.key_id is not None:
+            self._usage.refuse(denial.key_id)
+        return InvalidToken(denial.reason)
 
     async def _prove(self, row: StoredKey, token: bytes, digest: bytes) -> bool:
         """Compare *token* with a row that has no digest under the current key: once for all."""
@@ -187,13 +192,14 @@ class Verifier:
 
 
 def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a twentieth of it
-    local: LocalCache, freshness: Freshness, digest_key: DigestKey, clock: Clock
+    local: LocalCache, freshness: Freshness, digest_key: DigestKey, usage: Usage, clock: Clock
 ) -> Callable[[Headers], VerifiedKey | None]:
     """Make the function that most requests need and nothing else.
 
     What it uses stands in its closure: found there, not in attributes, it takes a third less time.
     """
     find = local.entries.get
+    note_used = local.used.append
     monotonic = clock.monotonic
     keyed = digest_key.state.copy
 
@@ -219,17 +225,45 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
             return None
         mac = keyed()
         mac.update(value)
-        if not compare_digest(mac.digest(), entry.record[:16]):  # the digest
+        key = entry.key
+        if not compare_digest(mac.digest(), key.record[:16]):  # the digest
             # Anything may have stood there, and only what looks like a key is a wrong one.
             token = value[7:]
             if value.startswith(b"Bearer ") and (is_tagged(token) or is_untagged(token)):
+                usage.refuse(entry.key_id)
                 raise InvalidToken("wrong secret")
             return None
-        if not entry.used:
-            entry.used = True
-        return entry.key
+        if not entry.hits:
+            note_used(entry)
+        entry.hits += 1
+        entry.used_at = now
+        return key
 
     return recall
+
+
+@asynccontextmanager
+async def _deadline() -> AsyncIterator[None]:
+    """Break the block off when its time is over, and raise `Unavailable`."""
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            yield
+    except TimeoutError:
+        raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+
+
+_SHARED_DENIALS: Final = 4096
+
+
+@lru_cache(_SHARED_DENIALS)
+def _denial(reason: str, key_id: UUID | None) -> Denial:
+    return Denial(reason, None if key_id is None else key_id.bytes)
+
+
+def _id_of(found: Known | Unproven | None) -> UUID | None:
+    if isinstance(found, Known):
+        return found.entry.key_id
+    return None if found is None else found.row.id
 
 
 def _inactivity(found: Known) -> str | None:

@@ -353,6 +353,22 @@ async def test_a_failed_return_to_the_register_is_made_up_for(
     assert [row.id for row in execute(database_url, WORKERS)] == [member.worker_id]
 
 
+async def test_forgetting_again_and_again_is_told_at_intervals(
+    member: Member, change_polls: Wrap, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that fails to register four times a second says so at once, then every 10 s."""
+    change_polls(lambda _: None)
+    for _ in range(41):
+        with pytest.raises(Unavailable):
+            await member.poll()
+        member.clock.advance(0.25)
+    told = [record.getMessage() for record in caplog.records]
+    assert [message[-10:] for message in told if "starts afresh" in message] == [
+        " (1 times)",
+        "(40 times)",
+    ]
+
+
 async def test_recent_changes_are_floors_from_the_start(store: Store, database_url: str) -> None:
     """A new process knows the changes of the last 20 minutes: entries in Redis may be older."""
     await create_key(store, "00000001")

@@ -88,6 +88,7 @@ async def test_an_installation_keeps_what_its_processes_share(
         "poll_seconds": "0.25",
         "linked_poll_seconds": "1",
         "unfed_seconds": "60",
+        "signs_hour": "",
     }
     execute(database_url, "UPDATE tfm_settings SET value = '3.5' WHERE name = 'lease_seconds'")
     assert await second.open() == made._replace(lease=3.5)

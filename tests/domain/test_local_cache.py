@@ -9,11 +9,14 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tfm_guard.local_cache import LocalCache, NegativeCache
+from tfm_guard.local_cache import Denial, LocalCache, NegativeCache
 from tfm_guard.records import KeyCredentials, VerifiedKey
 
 CREDENTIALS = KeyCredentials(frozenset({"send", "domains:write"}), "api")
 EXPIRY = datetime(2040, 1, 1, tzinfo=UTC)
+
+UNKNOWN = Denial("unknown prefix", None)
+WRONG = Denial("wrong secret", bytes(16))
 
 # Few enough to meet again and again, more than any cache below holds.
 PREFIXES = [b"%08x" % number for number in range(12)]
@@ -39,7 +42,7 @@ def full_cache(capacity: int, *, used: bool) -> LocalCache:
     for number in range(capacity):
         cache.put(b"%08x" % number, key_of(number), 600.0)
     for entry in cache.entries.values():
-        entry.used = used
+        entry.hits = int(used)
     return cache
 
 
@@ -78,7 +81,15 @@ class AnyUse(RuleBasedStateMachine):
     def use(self, prefix: bytes) -> None:
         """Mark an entry as a hit does."""
         if entry := self.cache.entries.get(prefix):
-            entry.used = True
+            entry.hits += 1
+
+    @rule(prefix=st.sampled_from(PREFIXES))
+    def count(self, prefix: bytes) -> None:
+        """Counting tells the hits and starts anew."""
+        if entry := self.cache.entries.get(prefix):
+            hits = entry.hits
+            assert entry.count() == hits
+            assert entry.count() == 0
 
     @rule()
     def clear(self) -> None:
@@ -93,7 +104,6 @@ class AnyUse(RuleBasedStateMachine):
         assert len(self.cache) == len(self.cache.entries) <= self.capacity
         for prefix, entry in self.cache.entries.items():
             assert (entry.key, entry.deadline) == self.model[prefix]
-            assert entry.record == entry.key.record
 
 
 TestAnyUse = AnyUse.TestCase
@@ -103,7 +113,23 @@ TestAnyUse.__doc__ = "Whatever is put, used, dropped and cleared, the cache agre
 def test_a_used_entry_gets_a_second_chance() -> None:
     """A used entry survives one pass of the hand and not a second one; unused ones go in order."""
     cache = full_cache(4, used=False)
-    cache.entries[b"%08x" % 0].used = True
+    cache.entries[b"%08x" % 0].hits = 1
+    for number, left in (
+        (4, {0, 2, 3, 4}),
+        (5, {0, 3, 4, 5}),
+        (6, {0, 4, 5, 6}),
+        (7, {4, 5, 6, 7}),
+    ):
+        cache.put(b"%08x" % number, key_of(number), 600.0)
+        assert numbers(cache) == left
+
+
+def test_counting_takes_no_second_chance_away() -> None:
+    """An entry whose hits were counted survives one pass of the hand, and not a second one."""
+    cache = full_cache(4, used=False)
+    entry = cache.entries[b"%08x" % 0]
+    entry.hits, entry.used_at = 7, 12.5
+    assert (entry.count(), entry.hits, entry.count()) == (7, 0, 0)
     for number, left in (
         (4, {0, 2, 3, 4}),
         (5, {0, 3, 4, 5}),
@@ -120,9 +146,9 @@ def test_an_insertion_takes_few_steps() -> None:
     cache.put(b"%08x" % 10_000, key_of(10_000), 600.0)
     assert len(cache) == 10_000
     assert 10_000 in numbers(cache)
-    # The new one is not used yet either, and one of those passed is gone.
-    unused = [entry for entry in cache.entries.values() if not entry.used]
-    assert len(unused) <= 32
+    # The second insertion begins where the first one ended.
+    cache.put(b"%08x" % 10_001, key_of(10_001), 600.0)
+    assert {*range(10_000)} - numbers(cache) == {31, 63}
 
 
 def test_a_dropped_entry_makes_room() -> None:
@@ -146,8 +172,11 @@ def test_putting_again_replaces() -> None:
 def test_the_collector_walks_over_none_of_it() -> None:
     """Entries, keys and the dict that holds them are not tracked, also after a collection."""
     cache = full_cache(100, used=True)
+    for entry in cache.entries.values():
+        entry.hits, entry.used_at = 1_000_000, 1234.5
+        cache.used.append(entry)
     negative = NegativeCache(100)
-    negative.put(b"sixteen bytes...", "unknown prefix")
+    negative.put(b"sixteen bytes...", UNKNOWN)
     gc.collect()
     assert not any(gc.is_tracked(entry) for entry in cache.entries.values())
     assert not any(gc.is_tracked(entry.key) for entry in cache.entries.values())
@@ -155,18 +184,30 @@ def test_the_collector_walks_over_none_of_it() -> None:
 
 
 def test_a_remembered_key_takes_at_most_300_bytes() -> None:
-    """100,000 keys with account, name, expiry and the cache's own order: 30 MB at most."""
+    """100,000 keys with account, name, expiry and the cache's own order: 30 MB at most.
+
+    Those used since they were last counted take 40 bytes more until they are.
+    """
     deadlines = [float(second) for second in range(600, 660)]
     tracemalloc.start()
     try:
         cache = LocalCache(100_000)
         for number in range(100_000):
             cache.put(b"%08x" % number, key_of(number), deadlines[number % 60])
+        uncounted, _ = tracemalloc.get_traced_memory()
+        for number, entry in enumerate(cache.entries.values()):
+            entry.hits, entry.used_at = 1 + number % 256, number / 7
+            cache.used.append(entry)
+        used, _ = tracemalloc.get_traced_memory()
+        while cache.used:
+            cache.used.popleft().count()
         size, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(cache) == 100_000
     assert size / 100_000 <= 300
+    assert (used - uncounted) / 100_000 <= 40
+    assert size - uncounted < 100_000
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 10, 101])
@@ -175,9 +216,9 @@ def test_the_negative_cache_is_bounded(capacity: int) -> None:
     cache = NegativeCache(capacity)
     for number in range(5 * capacity):
         digest = number.to_bytes(16, "big")
-        cache.put(digest, "unknown prefix")
+        cache.put(digest, UNKNOWN)
         assert len(cache) <= capacity
-        assert cache.get(digest) == "unknown prefix"
+        assert cache.get(digest) == UNKNOWN
     assert cache.get((0).to_bytes(16, "big")) is None
 
 
@@ -185,7 +226,7 @@ def test_the_negative_cache_keeps_the_younger_half() -> None:
     """What belongs to the younger half of the capacity is still known."""
     cache = NegativeCache(100)
     for number in range(1000):
-        cache.put(number.to_bytes(16, "big"), "wrong secret")
+        cache.put(number.to_bytes(16, "big"), WRONG)
     assert all(cache.get(number.to_bytes(16, "big")) for number in range(950, 1000))
 
 
@@ -193,7 +234,7 @@ def test_the_negative_cache_forgets_all_and_says_so() -> None:
     """Clearing forgets both generations and moves the epoch; nothing else does."""
     cache = NegativeCache(4)
     for number in range(4):
-        cache.put(number.to_bytes(16, "big"), "wrong secret")
+        cache.put(number.to_bytes(16, "big"), WRONG)
     assert (len(cache), cache.epoch) == (4, 0)
     cache.clear()
     assert (len(cache), cache.epoch) == (0, 1)

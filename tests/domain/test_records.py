@@ -45,13 +45,8 @@ def an_api_key() -> ApiKey:
     )
 
 
-def a_verified_key() -> VerifiedKey:
+def a_verified_key(expires_at: datetime | None = None) -> VerifiedKey:
     """Return the same key as the caller of a request."""
-    return expiring(None)
-
-
-def expiring(expires_at: datetime | None) -> VerifiedKey:
-    """Return the caller whose key expires at that moment."""
     return VerifiedKey.pack(
         digest=b"sixteen bytes...",
         key_id=ID,
@@ -173,7 +168,7 @@ def test_a_verified_key_says_what_was_packed(  # noqa: PLR0917  # each is one th
 def test_an_expiry_of_any_zone_is_the_same_moment(expires_at: datetime) -> None:
     """An expiry that was packed with a zone comes back in UTC."""
     assume(EPOCH.replace(year=2) < expires_at < EPOCH.replace(year=9999))
-    unpacked = expiring(expires_at).expires_at
+    unpacked = a_verified_key(expires_at).expires_at
     assert unpacked is not None
     # In UTC there is no hour that passes twice, in which equal times may be unequal.
     assert unpacked == expires_at.astimezone(UTC)
@@ -185,7 +180,7 @@ def test_a_verified_key_is_a_value() -> None:
     key = a_verified_key()
     assert key == a_verified_key()
     assert len({key, a_verified_key()}) == 1
-    assert key != expiring(MOMENT)
+    assert key != a_verified_key(MOMENT)
     assert key != VerifiedKey(key.record, KeyCredentials(frozenset({"send"}), "api"))
     assert key.credentials != KeyCredentials(SCOPES, "another")
     assert key.credentials != KeyCredentials(SCOPES, "api", replaced=True)

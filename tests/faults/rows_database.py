@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from tests.faults.deployment import APP, Deployment, Key, Servers, Shape, until
 from tests.faults.load import REVOKED
-from tests.faults.rows_redis import check_revoked
+from tests.faults.rows_redis import check_revoked, meanwhile
 from tests.faults.trial import Row, Stage
 from tests.support.breaks import BREAKS
 from tests.support.guards import create, new_guard, prepare, store_of
@@ -150,9 +150,8 @@ def _many_at_once(stage: Stage) -> None:
 @contextlib.contextmanager
 def _crossing(url: str, times: int) -> Iterator[None]:
     """Take the two locks of a change, in the other order, so that one of the two must give way."""
-    done = threading.Event()
 
-    def cross() -> None:
+    def cross(done: threading.Event) -> None:
         with psycopg.connect(url) as connection:
             # The other one finds the deadlock first, and is the one that is ended.
             connection.execute("SET deadlock_timeout = '10s'")
@@ -163,13 +162,8 @@ def _crossing(url: str, times: int) -> Iterator[None]:
                 connection.commit()
                 done.wait(0.1)
 
-    thread = threading.Thread(target=cross)
-    thread.start()
-    try:
+    with meanwhile(cross):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _deadlocked(stage: Stage) -> None:
@@ -383,9 +377,9 @@ async def _cancel_at_each_step(url: str, off: str, *, every: int) -> tuple[int, 
                     break
                 cancelled += 1
                 leaked = await _checked_out(guard)
+                wrong += await asyncio.to_thread(_is_half_revoked, url, created)
                 if leaked:
                     break
-                wrong += await asyncio.to_thread(_is_half_revoked, url, created)
                 wrong += not await _ends(guard, created)
         finally:
             if undo:
@@ -445,6 +439,7 @@ ROWS = [
         promise="503 within 1 s, never 401",
         trial=_killed_and_cold,
         off="unavailable_is_no",
+        shows="a key that is not known got",
     ),
     Row(
         number=33,
@@ -452,6 +447,7 @@ ROWS = [
         promise="503 within 1 s; every connection is given back afterwards",
         trial=_frozen,
         off="no_deadline",
+        shows="a key that is not known got",
     ),
     Row(
         number=34,
@@ -473,6 +469,7 @@ ROWS = [
         promise="verifying goes on; changes answer 503 within 5 s, nothing half-done",
         trial=_write_locked,
         off="ack_regardless",
+        shows="revoking took",
         shape=_SQLITE,
     ),
     Row(
@@ -481,6 +478,7 @@ ROWS = [
         promise="none fails",
         trial=_many_at_once,
         off="no_busy_wait",
+        shows="of 20 answered",
         shape=_SQLITE,
     ),
     Row(
@@ -489,6 +487,7 @@ ROWS = [
         promise="tried again, unseen",
         trial=_deadlocked,
         off="no_retry",
+        shows="of 5 answered",
         shape=_NO_REDIS,
     ),
     Row(
@@ -505,6 +504,7 @@ ROWS = [
         promise="the key is revoked or it is not; no connection is lost",
         trial=_cancelled,
         off="commits_early",
+        shows="half revoked",
         shape=_NO_REDIS,
     ),
     Row(
@@ -513,6 +513,7 @@ ROWS = [
         promise="one succeeds",
         trial=_at_the_limit,
         off="no_account_lock",
+        shows="were created",
         shape=_NO_REDIS,
     ),
     Row(
@@ -521,6 +522,7 @@ ROWS = [
         promise="all start, one schema",
         trial=_first_start,
         off="no_schema_lock",
+        shows="not all started",
         shape=_NO_REDIS,
     ),
     Row(
@@ -537,5 +539,6 @@ ROWS = [
         promise="no later change is seen before it",
         trial=_late_commit,
         off="numbers_early",
+        shows="seen before an earlier one",
     ),
 ]

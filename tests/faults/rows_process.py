@@ -90,7 +90,8 @@ def _die_at(stage: Stage, point: str, *, committed: bool) -> None:
 def _fill_held_back(stage: Stage) -> None:
     """A read of the key is held between the database and memory while the key is revoked."""
     stage.begin()
-    stage.deployment.workers[1].control("failpoint", point="key read", does="hold")
+    prefix = stage.key.prefix
+    stage.deployment.workers[1].control("failpoint", point="key read", does="hold", about=prefix)
     held = until(lambda: bool(stage.deployment.workers[1].state()["reached"]), "the point", 2.0)
     if not held:
         stage.untried.append("no read was held")
@@ -161,6 +162,7 @@ ROWS = [
         promise="no key lives longer",
         trial=_wrong_clocks,
         off="own_time",
+        shows="after its end a key got",
     ),
     Row(
         number=41,
@@ -168,6 +170,7 @@ ROWS = [
         promise="seen within 1.5 s; deleting again answers 204",
         trial=_dies(_AFTER, committed=True),
         off="no_joining",
+        shows="deleting again answered",
     ),
     Row(
         number=42,
@@ -175,6 +178,7 @@ ROWS = [
         promise="nothing has happened",
         trial=_dies(_BEFORE, committed=False),
         off="commits_early",
+        shows="half-done in the database",
     ),
     Row(
         number=44,
@@ -190,6 +194,7 @@ ROWS = [
         promise="at most 2 database reads, no slow hash",
         trial=_crowd,
         off="no_flights",
+        shows="database reads",
         shape=_NO_LINK,
     ),
     Row(

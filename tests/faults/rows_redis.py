@@ -112,24 +112,31 @@ def _flushed_all_the_time(stage: Stage) -> None:
 
 
 @contextlib.contextmanager
-def repeatedly(
-    work: Callable[[Any], object], server: RedisServer, *, every: float
-) -> Iterator[None]:
-    """Do *work* with a client of *server* all the while."""
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Do *work* in a thread of its own, until it is told that the block is done."""
     done = threading.Event()
-
-    def run() -> None:
-        with server.client() as client:
-            while not done.wait(every):
-                work(client)
-
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=work, args=(done,))
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def repeatedly(
+    work: Callable[[Any], object], server: RedisServer, *, every: float
+) -> Iterator[None]:
+    """Do *work* with a client of *server* all the while."""
+
+    def run(done: threading.Event) -> None:
+        with server.client() as client:
+            while not done.wait(every):
+                work(client)
+
+    with meanwhile(run):
+        yield
 
 
 def entry_of(stage: Stage) -> bytes:
@@ -419,6 +426,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; then Redis is not asked any more",
         trial=_slow_or_silent(lambda s: s.deployment.to_redis(replace(STALLED, kind="data"))),
         off="no_breaker",
+        shows="with the breaker open",
         shape=COLD,
     ),
     Row(
@@ -427,6 +435,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; then Redis is not asked any more",
         trial=_slow_or_silent(lambda s: s.deployment.redis.freeze()),
         off="no_breaker",
+        shows="with the breaker open",
         shape=COLD,
     ),
     Row(
@@ -443,6 +452,7 @@ ROWS = [
         promise="the database answers; no more than 10 connects a second and process",
         trial=_killed,
         off="no_breaker",
+        shows="connects a second",
         shape=COLD,
     ),
     Row(
@@ -451,6 +461,7 @@ ROWS = [
         promise="the database is asked no more than it takes to fill Redis again",
         trial=_restarted_empty,
         off="no_fill",
+        shows="database reads a second",
         shape=COLD,
     ),
     Row(
@@ -475,6 +486,7 @@ ROWS = [
         promise="it is not used, and the log says why",
         trial=_pointed_at_replica,
         off="no_role_check",
+        shows="the replica was",
         shape=COLD,
     ),
     Row(
@@ -483,6 +495,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; then Redis is not asked any more",
         trial=_slow_or_silent(lambda s: _pause(s, "ALL"), heal=lambda s: s.watch(2.0)),
         off="no_breaker",
+        shows="with the breaker open",
         shape=COLD,
     ),
     Row(
@@ -491,6 +504,7 @@ ROWS = [
         promise="requests wait 300 ms more at the most; with 500 ms soon not at all",
         trial=_delayed,
         off="no_breaker",
+        shows="at a latency of",
         shape=COLD,
     ),
     Row(
@@ -499,6 +513,7 @@ ROWS = [
         promise="no errors; requests wait 300 ms more at the most",
         trial=_torn(Conduct(slice_bytes=1, bytes_per_second=1000)),
         off="no_fallback",
+        shows=" errors",
         shape=COLD,
     ),
     Row(
@@ -507,6 +522,7 @@ ROWS = [
         promise="the database answers instead; no errors",
         trial=_torn(Conduct(resets_after=5)),
         off="no_fallback",
+        shows=" errors",
         shape=COLD,
     ),
     Row(
@@ -555,6 +571,7 @@ ROWS = [
         promise="Redis is left aside, the log says so; in use again 5 s after",
         trial=_locked_out,
         off="no_breaker",
+        shows="Redis was still asked",
         shape=COLD,
     ),
     Row(
@@ -563,6 +580,7 @@ ROWS = [
         promise="the database is asked no more than it takes to fill Redis again",
         trial=_flushed_all_the_time,
         off="no_fill",
+        shows="database reads a second",
         shape=COLD,
     ),
     Row(
@@ -571,6 +589,7 @@ ROWS = [
         promise="an unknown form is a miss; no errors",
         trial=_two_releases,
         off="any_format",
+        shows=" errors",
         shape=COLD,
     ),
 ]

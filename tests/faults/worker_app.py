@@ -105,8 +105,8 @@ def _mend() -> None:
     _clock.shift = 0.0
 
 
-def _fail_at(point: str, does: str) -> None:
-    _failpoints.append(Failpoint(point, dies=does == "die"))
+def _fail_at(point: str, does: str, about: str = "") -> None:
+    _failpoints.append(Failpoint(point, dies=does == "die", about=about))
 
 
 def _release() -> None:

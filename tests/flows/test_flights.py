@@ -1,7 +1,8 @@
 """Facts about many requests for one key: they share reads, but never one made before a change."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tfm_guard.bearer import as_headers
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.records import CreatedKey, StoredKey, VerifiedKey
 from tfm_guard.store import schema
+from tfm_guard.testing import ManualClock
 
 keys = schema.keys
 
@@ -190,36 +192,34 @@ async def test_requests_share_the_next_read_while_not_fresh(
     assert len(gate.reads) == 2
 
 
-async def test_a_request_after_revoking_gets_no_answer_from_before(
-    guard: Guard, gate: Gate, created: CreatedKey
+async def check_overtaken(
+    guard: Guard, gate: Gate, created: CreatedKey, revoking: Callable[[], Awaitable[None]]
 ) -> None:
-    """Requests after revoking are refused at once; one whose read was overtaken reads again."""
+    """Revoke while a read is held back: it is not believed, by those who come later least."""
     gate.shut()
     before = ask(guard, created)
     await gate.holds_one()
     held = gate.let_through_later_ones()
-    await revoke(guard, created)
+    await revoking()
     assert await refusal(guard, created.token) == "revoked"
     held.set()
     assert await reason_of(before) == "revoked"
     assert guard.recall(as_headers(created.token.encode())) is None
     assert await refusal(guard, created.token) == "revoked"
+
+
+async def test_a_request_after_revoking_gets_no_answer_from_before(
+    guard: Guard, gate: Gate, created: CreatedKey
+) -> None:
+    """Requests after revoking are refused at once; one whose read was overtaken reads again."""
+    await check_overtaken(guard, gate, created, lambda: revoke(guard, created))
 
 
 async def test_a_request_after_revoking_elsewhere(
     guard: Guard, other: Guard, gate: Gate, created: CreatedKey
 ) -> None:
     """The same holds for a key that another process revokes, once this one has read the feed."""
-    gate.shut()
-    before = ask(guard, created)
-    await gate.holds_one()
-    held = gate.let_through_later_ones()
-    await revoke(other, created, guard)
-    assert await refusal(guard, created.token) == "revoked"
-    held.set()
-    assert await reason_of(before) == "revoked"
-    assert guard.recall(as_headers(created.token.encode())) is None
-    assert await refusal(guard, created.token) == "revoked"
+    await check_overtaken(guard, gate, created, lambda: revoke(other, created, guard))
 
 
 async def test_a_request_after_revoking_elsewhere_without_a_lease(
@@ -237,6 +237,26 @@ async def test_a_request_after_revoking_elsewhere_without_a_lease(
     held.set()  # the request created before has its turn before it takes effect
     assert await accepted([before], created)
     assert await reason_of(after) == "revoked"
+
+
+async def test_a_request_after_the_end_of_a_key_gets_no_answer_from_before(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes when a key has expired does not take what a read found while it had not."""
+    await prepare(sqlite_url)
+    clock = ManualClock()
+    async with new_guard(sqlite_url, clock=clock) as guard:
+        gate = Gate(guard, monkeypatch)
+        created = await create(guard, expires_at=clock.now() + timedelta(seconds=1))
+        gate.shut()
+        before = ask(guard, created)
+        await gate.holds_one()
+        held = gate.let_through_later_ones()
+        clock.advance(1)
+        after = ask(guard, created)
+        held.set()  # the request created before has its turn before it takes effect
+        assert await accepted([before], created)
+        assert await reason_of(after) == "expired"
 
 
 async def test_a_read_from_before_a_flush_is_not_kept(
@@ -273,6 +293,30 @@ async def test_a_read_from_before_a_change_is_not_shared(
         await written(shared_of(guard))
         with redis_server.client() as raw:
             assert raw.dbsize() == 0
+
+
+async def test_an_answer_of_redis_after_the_lease_is_not_believed(
+    sqlite_url: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the lease ends while Redis is asked, the database is asked too."""
+    await prepare(sqlite_url)
+    async with (
+        linked_guard(sqlite_url, redis_server.url) as one,
+        linked_guard(sqlite_url, redis_server.url) as another,
+    ):
+        created = await create(one)
+        await one.verify(created.token)
+        await written(shared_of(one))
+        get = shared_of(another).get
+
+        async def slowly(*args: Any, **options: Any) -> Any:
+            entry = await get(*args, **options)
+            end_lease(another)
+            return entry
+
+        monkeypatch.setattr(shared_of(another), "get", slowly)
+        assert (await another.verify(created.token)).key_id == created.key.id
+        assert (another.counters.shared_hits, another.counters.store_reads) == (1, 1)
 
 
 async def test_a_proof_from_before_a_change_is_not_kept(

@@ -18,12 +18,13 @@ from click.testing import CliRunner, Result
 
 from tests.support import deployment
 from tests.support.deployment import CERTIFICATE, MANAGING, Deployment, Reply
-from tests.support.guards import create, new_guard
+from tests.support.guards import create, new_guard, prepare
 from tests.support.redis import RedisServer
 from tests.support.servers import free_port, wait_until
 from tests.support.sql import execute
 from tests.support.uvicorn_process import UvicornProcess
 from tfm_guard.cli import main
+from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.store import schema
 
 PROGRAM = Path(sys.executable).with_name("tfm-guard")
@@ -80,6 +81,12 @@ def revoked_keys(database: str, managing: Managing) -> list[bool]:
     return [bool(revoked) for (revoked,) in execute(database, query)]
 
 
+@pytest.fixture(autouse=True)
+def pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask more often than the command does, so that it takes less time to have asked enough."""
+    monkeypatch.setattr("tfm_guard.cli.probe._PAUSE", 0.02)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """Serve from two workers on a file."""
@@ -131,6 +138,28 @@ def test_the_guarantee_is_shown_of_servers_with_redis(
         assert one["last_accepted_seconds"] < report["return_seconds"]
         assert one["managing_accepted"] >= 4
         assert one["managing_refused"] == 0
+    assert revoked_keys(postgres_url, managing) == [True]
+
+
+def test_a_process_that_has_stopped_has_the_deletion_confirmed_later(postgres_url: str) -> None:
+    """While another process says nothing DELETE answers 503; only the next answer is its return."""
+    lease = 3.4  # so that a lease and a half, which is waited, is more than DELETE waits
+    asyncio.run(prepare(postgres_url, lease=lease, poll=0.25))
+    managing = managing_key(postgres_url)
+    variables = {"TFM_GUARD_DATABASE_URL": postgres_url}
+    with UvicornProcess(APP, env=variables) as asked, UvicornProcess(APP, env=variables) as stopped:
+        stopped.freeze()
+        result = prove(asked.url, "--json", token=managing.token)
+        stopped.thaw()
+    assert (result.exit_code, told(result)) == (0, "")
+    report = json.loads(result.stdout)
+    first, last = report["delete_answers"]
+    # Asked for again just before that is shown, or just after.
+    assert (first, last in {"204", "404 not_found"}) == ("503 unconfirmed", True)
+    assert report["return_seconds"] >= 1.5 * lease
+    (one,) = report["addresses"]
+    assert one["first_refused_seconds"] < CONFIRM_SECONDS
+    assert one["accepted_after"] == 0
     assert revoked_keys(postgres_url, managing) == [True]
 
 

@@ -350,7 +350,7 @@ async def test_both_gone(
     async with new_guard(postgres_url, redis_server.url, clock=clock) as guard:
         warm, cold = await create(guard), await create(guard)
         await guard.verify(warm.token)
-        await clock.wait_for_sleepers(1)
+        await clock.wait_for_sleepers(2)
         redis_server.stop()
         postgres_server.stop()
         await clock.pass_time(1.9)

@@ -12,14 +12,22 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy import insert, select
 
-from tests.support.guards import create, freshness_of, local_of, new_guard, refusal, until
+from tests.support.guards import (
+    create,
+    freshness_of,
+    local_of,
+    new_guard,
+    refusal,
+    store_of,
+    until,
+)
 from tests.support.sql import execute
 from tfm_guard import Guard
 from tfm_guard.bearer import as_headers
 from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.errors import KeyNotFound, NotConfirmed
 from tfm_guard.records import CreatedKey, Revocation
-from tfm_guard.store import MARKED, schema
+from tfm_guard.store import MARKED, Register, schema
 from tfm_guard.testing import ManualClock
 
 POLL, LONGEST_WAIT, UNFED_WAIT = 0.25, 3.0, 61.0  # seconds
@@ -65,8 +73,9 @@ async def begin_revoking(
 ) -> "asyncio.Task[Revocation]":
     """Revoke a key through *guard* and return when that is committed and waits for others."""
     revoking = asyncio.create_task(guard.keys.revoke("acme", created.key.id))
-    # Who sleeps: the caller, who watches the register for it, and who is about to read the feed.
-    waiting = asyncio.create_task(clock.wait_for_sleepers(3))
+    # Who sleeps: the caller, who watches the register for it, who is about to read the feed, to
+    # write usage, and to look for signs of trouble.
+    waiting = asyncio.create_task(clock.wait_for_sleepers(5))
     await asyncio.wait({revoking, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
     assert not revoking.done()
@@ -160,6 +169,29 @@ async def test_a_dead_process_delays_two_revocations(database_url: str) -> None:
     async with new_guard(database_url, clock=ManualClock()) as guard:
         done = await guard.keys.revoke("acme", created.pop().key.id)
         assert done == Revocation(how="acknowledged", workers=1, seconds=0)
+
+
+async def test_the_register_is_read_once_more_when_the_wait_is_over(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it said just before does not count: who was silent may have found a link since."""
+    clock = ManualClock()
+    async with new_guard(sqlite_url, clock=clock) as guard:
+        created = await create(guard)
+        enter_dead_process(sqlite_url)
+        read_register = store_of(guard).read_register
+        reads: list[float] = []
+
+        async def noted() -> Register:
+            reads.append(clock.monotonic())
+            return await read_register()
+
+        monkeypatch.setattr(store_of(guard), "read_register", noted)
+        began = clock.monotonic()
+        revoking = await begin_revoking(guard, clock, created)
+        await clock.pass_time(LONGEST_WAIT)
+        assert (await revoking).how == "lease"
+        assert reads[-1] >= began + LONGEST_WAIT
 
 
 async def test_who_came_while_revoking_waited_is_not_struck_off(database_url: str) -> None:
@@ -283,7 +315,7 @@ async def test_two_callers_wait_for_one_revocation(database_url: str) -> None:
         enter_dead_process(database_url)
         first = await begin_revoking(guard, clock, created)
         second = asyncio.create_task(guard.keys.revoke("acme", created.key.id))
-        await clock.wait_for_sleepers(3)
+        await clock.wait_for_sleepers(5)
         await clock.pass_time(LONGEST_WAIT)
         assert [(await call).how for call in (first, second)] == ["lease", "lease"]
     assert actions_in(database_url) == ["api_key.created", "api_key.revoked"]

@@ -208,8 +208,12 @@ NEVER: Final = {
         "await feed.state_and_record(connection, worker_id, place)",
     ): "only PostgreSQL is asked so",
     (
-        "verifier.Verifier.look_up",
+        "verifier._deadline",
         "async with asyncio.timeout(DEADLINE_SECONDS):",
+    ): "a timeout is entered and left at once",
+    (
+        "verifier.Verifier.look_up",
+        "async with _deadline():",
     ): "a timeout is entered and left at once",
     (
         "verifier.Verifier.close",

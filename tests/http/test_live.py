@@ -602,8 +602,8 @@ async def test_idle_ones_are_looked_into_after_a_flush(
         await revoke_silently(sqlite_url, created)
         await execute(sqlite_url, HIDE)
         freshness_of(guard).start_afresh()
-        # The poll, and both that look.
-        await clock.wait_for_sleepers(3)
+        # The poll, what writes usage, both that look, and who looks for signs of trouble.
+        await clock.wait_for_sleepers(5)
         assert peer.sent == [ACCEPT]
         await execute(sqlite_url, SHOW)
         await clock.pass_time(1)

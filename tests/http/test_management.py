@@ -162,8 +162,9 @@ async def test_deleting_is_not_confirmed_before_it_holds_everywhere(database_url
 
         async def delete_when(*pauses: float) -> Answer:
             deleting = asyncio.create_task(delete())
-            # Who sleeps: the caller, who watches the register for it, and who reads the feed.
-            await clock.wait_for_sleepers(3)
+            # Who sleeps: the caller, who watches the register for it, who reads the feed, who
+            # writes usage, and who looks for signs of trouble.
+            await clock.wait_for_sleepers(5)
             for pause in pauses:
                 await clock.pass_time(pause)
             return await deleting

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -25,9 +25,11 @@ from tfm_guard.errors import Refusal
 from tfm_guard.freshness import FLOOR_SECONDS
 from tfm_guard.http import management
 from tfm_guard.http.management import CreatedKeyResponse, KeyRow
+from tfm_guard.records import AuditRow, KeyStatus
 from tfm_guard.scopes import BUILT_IN_SCOPES
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import MAX_AGE_SECONDS
+from tfm_guard.signs import BATCH, EXPIRING, IDLE
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -168,6 +170,19 @@ def test_the_durations_are_those_of_a_new_database(tmp_path: Path) -> None:
     assert f"After {CONFIRM_SECONDS:g} s it raises" in page
     assert f"kept for {FLOOR_SECONDS / 60:g} minutes" in page
     assert f"less than {MAX_AGE_SECONDS / 60:g} minutes ago" in page
+
+
+def test_the_audit_log_is_documented() -> None:
+    """docs/audit-log.md has each field of a row, and each status of a key in its precedence."""
+    page = (ROOT / "docs" / "audit-log.md").read_text()
+    fields = [
+        name.strip(" `") for row in table(page, "field", "what") for name in row[0].split(",")
+    ]
+    assert fields == list(AuditRow.__struct_fields__)
+    assert [row[0] for row in table(page, "status", "when")] == list(get_args(KeyStatus))
+    assert f"expires within {EXPIRING.days} days" in page
+    assert f"last use was {IDLE.days} days ago" in page
+    assert f"{BATCH} at a time" in page
 
 
 def test_nothing_says_that_every_request_asks_the_database() -> None:

@@ -29,6 +29,8 @@ def test_a_guard_offers_what_is_built() -> None:
         "from_environment",
         "keys",
         "accounts",
+        "audit",
+        "signs",
         "verify",
         "holds",
         "watch",

@@ -4,16 +4,16 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import Unavailable
-from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey
+from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey, Tally
 from tfm_guard.store import (
     MARKED,
     FeedState,
@@ -76,6 +76,9 @@ class Tables:
     head: int = 0
     sequence: int = 0  # numbers given out by a break, before the commit
     audit: list[tuple[str, UUID]] = field(default_factory=list)
+    flushes: set[UUID] = field(default_factory=set)
+    last_used: dict[UUID, float] = field(default_factory=dict)  # seconds since 1970
+    accepted: dict[UUID, int] = field(default_factory=dict)  # in all hours
     # Whether a key that is inserted comes without a digest, as those from elsewhere do.
     imports: Callable[[], bool] = lambda: False
 
@@ -182,6 +185,7 @@ class SimDatabase:
         self.installation = installation
         self.on_commit: list[Callable[[list[Change]], None]] = []
         self.on_recorded: list[Callable[[UUID, int], None]] = []
+        self.on_used: list[Callable[[Sequence[Tally]], None]] = []
         self.last_reads: dict[str, float] = {}  # when a key's row was last read, in seconds
         # Whether rows are read as they were, by processes that know of their later change.
         self.stale = False
@@ -220,7 +224,11 @@ class SimDatabase:
 
     def list_keys(self, account_id: str) -> list[ApiKey]:
         rows = (row for row in self.tables.keys.values() if row.account_id == account_id)
-        active = [_api_key(row) for row in rows if is_active(row, self.now)]
+        active = [
+            _api_key(row, self.tables.last_used.get(row.id))
+            for row in rows
+            if is_active(row, self.now)
+        ]
         return sorted(active, key=lambda key: (key.created_at, key.id.hex), reverse=True)
 
     def register(self, worker_id: UUID, name: str) -> None:
@@ -273,6 +281,23 @@ class SimDatabase:
         if row is not None:
             row.confirmed_at = self.now
 
+    def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        tables = self.tables
+        known = {row.id for row in tables.keys.values()}
+        if flush_id in tables.flushes:
+            return
+        tables.flushes.add(flush_id)
+        for listener in self.on_used:
+            listener(tallies)
+        for tally in tallies:
+            key_id = UUID(bytes=tally.key_id)
+            if key_id not in known:
+                continue
+            tables.accepted[key_id] = tables.accepted.get(key_id, 0) + tally.accepted
+            if tally.used_at is not None:
+                last_used = tables.last_used.get(key_id, tally.used_at)
+                tables.last_used[key_id] = max(last_used, tally.used_at)
+
     def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         row = self.tables.key(key_id)
         if row is not None:
@@ -320,6 +345,9 @@ class SimStore:
     def on_commit(self, listener: Callable[[Change], None]) -> None:
         self._on_commit = listener
 
+    async def claim_look(self, _last_hour: Callable[[datetime], int]) -> tuple[bool, datetime]:
+        return False, self._database.now  # nobody looks for signs of trouble here
+
     async def register_worker(self, worker_id: UUID, name: str) -> None:
         await self._write(lambda: self._database.register(worker_id, name))
 
@@ -359,6 +387,9 @@ class SimStore:
     async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         await self._write(lambda: self._database.set_digest(key_id, digest, digest_key_id))
 
+    async def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        await self._write(lambda: self._database.add_usage(flush_id, tallies))
+
     async def _read(self, execute: Callable[[], T]) -> T:
         return await self._ask(READ_SECONDS, execute)
 
@@ -393,7 +424,7 @@ def _stored_key(row: KeyRow, now: datetime) -> StoredKey:
     return StoredKey(**columns, suspended_at=None, read_at=now)
 
 
-def _api_key(row: KeyRow) -> ApiKey:
+def _api_key(row: KeyRow, last_used: float | None) -> ApiKey:
     return ApiKey(
         id=row.id,
         key_prefix=row.prefix,
@@ -401,7 +432,7 @@ def _api_key(row: KeyRow) -> ApiKey:
         name=row.name,
         scopes=row.scopes,
         created_at=row.created_at,
-        last_used_at=None,
+        last_used_at=None if last_used is None else datetime.fromtimestamp(last_used, UTC),
         expires_at=row.expires_at,
         replaced_by=row.replaced_by,
     )

@@ -3,6 +3,7 @@
 The numbers are those of the list in the documentation of the simulation, `README.md` beside this.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -12,7 +13,7 @@ import msgspec
 from tests.simulation.timeline import START
 from tfm_guard.bearer import as_headers
 from tfm_guard.errors import InvalidToken
-from tfm_guard.records import CacheEntry, Change, VerifiedKey
+from tfm_guard.records import CacheEntry, Change, Tally, VerifiedKey
 from tfm_guard.shared_cache import SKEW_SECONDS
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # By how much of a second the clock of a process may be wrong about a second.
 _DRIFT = 0.011
-_IDLE_TASKS = 6  # polling, the link's three, and two of what may be going on right now
+_IDLE_TASKS = 7  # polling, usage, the link's three, and two of what may be going on right now
 _WATCHED = 8  # how many of the keys last revoked are looked for in every memory after every step
 
 
@@ -72,6 +73,7 @@ class Oracle:
         self._stale_after = longest * (1 + _DRIFT) + 1e-6
         world.database.on_commit.append(self._committed)
         world.database.on_recorded.append(self._check_applied)
+        world.database.on_used.append(self._check_usage)
         for server in world.deployment.servers:
             server.on_fill = self._check_fill
 
@@ -243,6 +245,19 @@ class Oracle:
                 if floor < change.version and age < self._world.max_age:
                     self._world.fail(15, f"{process} says it has seen {change}; floor {floor}")
             self._recorded[worker_id] = max(checked, seen)
+
+    def _check_usage(self, tallies: Sequence[Tally]) -> None:
+        """Check that what is written of keys is of keys that there are, and not of the future.
+
+        What a process takes for the database's time may be ahead of it.
+        """
+        known = {row.id.bytes for row in self._world.database.tables.keys.values()}
+        now = self._world.database.now.timestamp()
+        for tally in tallies:
+            latest = tally.hour * 3600.0 if tally.used_at is None else tally.used_at
+            if tally.key_id not in known or latest > now + SKEW_SECONDS:
+                self._world.fail(17, f"{tally!r} is written at {now}")
+        self._world.count("usage")
 
     def _check_fill(self, name: str, old: bytes | None, new: bytes) -> None:
         """Check that a fill neither lowers a version, nor ends a revocation, nor lies about age."""

@@ -13,7 +13,7 @@ from tests.simulation.database import SimDatabase, SimStore
 from tests.simulation.network import Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import GuardError
-from tfm_guard.records import ApiKey
+from tfm_guard.records import ApiKey, Tally
 from tfm_guard.store import Place, Store
 from tfm_guard.testing import ManualClock
 
@@ -51,7 +51,8 @@ class Questions:
     def draw(self) -> Callable[[Any], Awaitable[Any]]:
         """Return one question, to be asked of each store."""
         asked = (self._create, self._create, self._revoke, self._manage, self._look, self._poll)
-        return self._random.choice((*asked, self._register, self._strike_off, self._mark))()
+        others = (self._register, self._strike_off, self._mark, self._use)
+        return self._random.choice((*asked, *others))()
 
     def _create(self) -> Callable[[Any], Awaitable[Any]]:
         key = ApiKey(
@@ -156,6 +157,20 @@ class Questions:
                 await store.set_digest(row.id, b"e" * 16, "l")
 
         return mark
+
+    def _use(self) -> Callable[[Any], Awaitable[Any]]:
+        prefix, account_id = self._random.choice(PREFIXES), self._random.choice(ACCOUNTS)
+        flush = UUID(int=self._random.randrange(5))
+        used_at = LONG_AGO.timestamp() - self._random.randrange(100)
+
+        async def use(store: Any) -> Any:
+            row = (await store.find_keys([prefix])).get(prefix)
+            key_id = UUID(int=0) if row is None else row.id
+            tally = Tally(key_id.bytes, int(used_at // 3600), 1, 0, used_at)
+            await store.add_usage(flush, [tally])
+            return await store.list_keys(account_id)
+
+        return use
 
 
 def plain(answer: Any) -> Any:

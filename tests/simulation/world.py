@@ -18,7 +18,7 @@ from tests.simulation.network import Network
 from tests.simulation.process import Process, SimThreads
 from tests.simulation.redis_servers import Deployment
 from tests.simulation.timeline import Timeline
-from tfm_guard import confirmation, freshness, hashing, link, reader, shared_cache
+from tfm_guard import confirmation, freshness, hashing, link, reader, shared_cache, usage
 from tfm_guard.settings import Settings
 from tfm_guard.store import Installation
 from tfm_guard.testing import CHEAP_HASHING
@@ -231,6 +231,8 @@ class World:
                 (hashing, "ThreadPoolExecutor", functools.partial(SimThreads, world=self)),
                 (shared_cache, "random", self.random),
                 (link, "random", self.random),
+                (usage, "random", self.random),
+                (usage, "FLUSH_SECONDS", self.installation.lease),
                 (link, "_PING_SECONDS", self.installation.lease / 4),
                 (link, "_SILENCE_SECONDS", self.installation.lease / 2),
                 (confirmation, "_LONGEST_PAUSE_SECONDS", self.installation.lease / 6),

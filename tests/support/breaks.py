@@ -25,6 +25,7 @@ from tfm_guard import (
     records,
     redis_access,
     shared_cache,
+    usage,
     verifier,
 )
 from tfm_guard.errors import InvalidToken, Unavailable
@@ -260,16 +261,16 @@ def other_format() -> Undo:
 def commits_early() -> Undo:
     """A revocation is committed before its row in the feed is written."""
 
-    async def revoke_key(self: Any, key_id: Any, prefix: str, version: int) -> None:
+    async def change_key(self: Any, kind: str, key: Any, **values: Any) -> None:
         async with self._connection.engine.begin() as own:
             await own.execute(
                 update(schema.keys)
-                .where(schema.keys.c.id == key_id)
-                .values(revoked_at=self.now, version=version)
+                .where(schema.keys.c.id == key.id)
+                .values(version=key.version + 1, **values)
             )
-        self._pending.append(("revoked", prefix, version))
+        self._pending.append((kind, key.prefix, key.version + 1))
 
-    return put(transaction.Transaction, "revoke_key", revoke_key)
+    return put(transaction.Transaction, "change_key", change_key)
 
 
 def numbers_early() -> Undo:
@@ -321,7 +322,7 @@ def no_unfed() -> Undo:
 def lease_is_enough() -> Undo:
     """Whoever revokes a key takes a lease for long enough, whatever the others hear of."""
 
-    def end_of_trust(self: Any, _worker: Any, _member: Any) -> float:
+    def end_of_trust(self: Any, _worker: Any) -> float:
         end: float = self.started + self._wait
         return end
 
@@ -386,6 +387,26 @@ def ack_regardless() -> Undo:
     return put(store.Store, "transact", transact)
 
 
+def no_flushes() -> Undo:
+    """Usage is counted, and never written."""
+
+    async def try_to_flush(_self: Any) -> None:
+        pass
+
+    return put(usage.Usage, "_try_to_flush", try_to_flush)
+
+
+def no_last_flush() -> Undo:
+    """A process that is told to end leaves what it has not written yet."""
+    former = usage.Usage._try_to_flush  # noqa: SLF001  # what it replaces
+
+    async def try_to_flush(self: Any) -> None:
+        if not self._stopping.is_set():
+            await former(self)
+
+    return put(usage.Usage, "_try_to_flush", try_to_flush)
+
+
 BREAKS: Final[dict[str, Callable[[], Undo]]] = {
     each.__name__: each
     for each in (
@@ -422,5 +443,7 @@ BREAKS: Final[dict[str, Callable[[], Undo]]] = {
         dies_silently,
         joins_blindly,
         ack_regardless,
+        no_flushes,
+        no_last_flush,
     )
 }

@@ -26,10 +26,11 @@ _POINTS: Final[dict[str, tuple[type, str, bool]]] = {
 class Failpoint:
     """What happens in this process at *point*, the first time that it is reached.
 
-    *dies*: it kills itself. Otherwise whoever comes there waits until `release`.
+    *dies*: it kills itself. Otherwise whoever comes there waits until `release`. With *about* the
+    point is where this is among what is asked for.
     """
 
-    def __init__(self, point: str, *, dies: bool) -> None:
+    def __init__(self, point: str, *, dies: bool, about: str = "") -> None:
         self.reached = False
         self._dies = dies
         self._open = asyncio.Event()
@@ -37,10 +38,11 @@ class Failpoint:
         former = getattr(owner, name)
 
         async def instead(*args: Any, **options: Any) -> Any:
-            if before:
+            concerned = not about or about in args[1]
+            if concerned and before:
                 await self._act()
             result = await former(*args, **options)
-            if not before:
+            if concerned and not before:
                 await self._act()
             return result
 

@@ -1,6 +1,7 @@
 """The store: keys and all that is kept about them, in SQLite or PostgreSQL."""
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
+from tfm_guard.store.signs import HourOfUse, Said, Turn, hour_of, start_of
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
@@ -9,11 +10,13 @@ from tfm_guard.store.transaction import (
     PrefixTaken,
     Transaction,
 )
+from tfm_guard.store.usage import UsageHour
 
 __all__ = [
     "ERASED_ACCOUNT",
     "MARKED",
     "FeedState",
+    "HourOfUse",
     "Installation",
     "LockedAccount",
     "LockedKey",
@@ -21,6 +24,11 @@ __all__ = [
     "Place",
     "PrefixTaken",
     "Register",
+    "Said",
     "Store",
     "Transaction",
+    "Turn",
+    "UsageHour",
+    "hour_of",
+    "start_of",
 ]

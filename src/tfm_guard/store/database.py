@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 import aiosqlite
-from sqlalchemy import Executable, event
+from sqlalchemy import Connection, Engine, Executable, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -29,7 +29,7 @@ _TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})
 
 
 class Database:
-    """One database behind bounded pools: one to read, one to write, one for the feed.
+    """One database behind bounded pools: to read, to write, for the feed, and for usage.
 
     Every call ends within its deadline, whatever the database does: work that does not is left
     behind, cancelled, and its connection goes back to the pool when the driver lets go of it.
@@ -49,6 +49,11 @@ class Database:
             self._writer = make(parsed, pool_size, reading=False)
             # The lease hangs on reading the feed, so that never queues behind anything.
             self._feed_reader = make(parsed, 1, reading=True)
+            self._usage_writer: AsyncEngine | Engine = (
+                make(parsed, 1, reading=False)
+                if self._file is None
+                else _sqlite_thread_engine(self._file)
+            )
         except ImportError as error:
             raise ConfigurationError(
                 f"TFM_GUARD_DATABASE_URL: the driver of {self.dialect} cannot be loaded: {error}"
@@ -74,6 +79,8 @@ class Database:
         await self._reader.dispose()
         await self._writer.dispose()
         await self._feed_reader.dispose()
+        if isinstance(self._usage_writer, AsyncEngine):
+            await self._usage_writer.dispose()
 
     async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Return what *work* reads, within `READ_SECONDS`; raise `Unavailable` otherwise.
@@ -102,6 +109,23 @@ class Database:
             return result
 
         return await self._within(seconds, attempt)
+
+    async def write_usage(self, work: Callable[[Connection], T]) -> T:
+        """Do as `write` does, on a connection that no other change waits for.
+
+        On SQLite, where all other writers wait for it, in a thread: so it takes no longer than its
+        statements do, whatever else this event loop is busy with.
+        """
+
+        async def attempt(committing: list[bool]) -> T:
+            if isinstance(self._usage_writer, Engine):
+                return await asyncio.to_thread(_write, self._usage_writer, work)
+            async with self._usage_writer.connect() as connection, connection.begin():
+                result = await connection.run_sync(work)
+                committing.append(True)
+            return result
+
+        return await self._within(WRITE_SECONDS, attempt)
 
     async def write_one(self, statement: Executable) -> None:
         """Execute one *statement*, which commits by itself: a third of the round trips of `write`.
@@ -198,24 +222,43 @@ def _sqlite_engine(url: Any, pool_size: int, *, reading: bool, file: SqliteFile)
         hide_parameters=True,
     )
 
-    @event.listens_for(engine.sync_engine, "connect")
-    def prepare(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # no implicit BEGIN: see below
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys = ON")
-        # The default in WAL mode may lose the last commits, and so a revocation, at a power cut.
-        cursor.execute("PRAGMA synchronous = FULL")
-        cursor.close()
-
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     if not reading:
-
-        @event.listens_for(engine.sync_engine, "begin")
-        def begin(connection: Any) -> None:
-            # A transaction that reads first and then writes can fail where one that takes the
-            # write lock at once just waits.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-
+        event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
+
+
+def _sqlite_thread_engine(file: SqliteFile) -> Engine:
+    """Return an engine for use in threads, which connects anew for each transaction."""
+
+    def connect() -> sqlite3.Connection:
+        file.check()
+        return sqlite3.connect(file.path, timeout=WRITE_SECONDS)
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool, hide_parameters=True)
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # no implicit BEGIN: see below
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    # The default in WAL mode may lose the last commits, and so a revocation, at a power cut.
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and then writes can fail where one that takes the write lock
+    # at once just waits.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _write(engine: Engine, work: Callable[[Connection], T]) -> T:
+    with engine.begin() as connection:
+        return work(connection)
 
 
 async def _connect_sqlite(file: SqliteFile, *args: Any, **options: Any) -> aiosqlite.Connection:

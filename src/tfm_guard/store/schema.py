@@ -103,7 +103,7 @@ usage_hours = Table(
     "tfm_usage_hours",
     metadata,
     Column("key_id", Uuid, primary_key=True),
-    Column("hour", UtcDateTime, primary_key=True),
+    Column("hour", UtcDateTime, primary_key=True, index=True),
     Column("accepted", BigInteger, nullable=False),
     Column("refused", BigInteger, nullable=False),
 )
@@ -154,6 +154,16 @@ audit = Table(
     Column("request_id", Text),
     Column("created_at", UtcDateTime, nullable=False),
     Index(None, "account_id", "created_at"),
+    Index(None, "account_id", "id"),
+)
+
+# What was last said about a key in the audit log: which sign of trouble, and upon what.
+signs = Table(
+    "tfm_signs",
+    metadata,
+    Column("key_id", Uuid, primary_key=True),
+    Column("sign", Text, primary_key=True),
+    Column("occasion", UtcDateTime, nullable=False),
 )
 
 secrets = Table(
@@ -176,5 +186,5 @@ flushes = Table(
     "tfm_flushes",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("created_at", UtcDateTime, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False, index=True),
 )

@@ -1,19 +1,32 @@
 """The store as the other parts see it."""
 
-from collections.abc import Awaitable, Callable, Iterable
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, bindparam, func, literal, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    Interval,
+    bindparam,
+    func,
+    literal,
+    select,
+    text,
+    type_coerce,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
-from tfm_guard.records import Account, ApiKey, Change, StoredKey
-from tfm_guard.store import feed, schema, upgrade
+from tfm_guard.records import Account, ApiKey, AuditEvent, AuditRow, Change, StoredKey, Tally
+from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.schema import UtcDateTime
+from tfm_guard.store.signs import HourOfUse, Said, Turn
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
     Transaction,
@@ -22,6 +35,7 @@ from tfm_guard.store.transaction import (
     is_active,
     key_of,
 )
+from tfm_guard.store.usage import UsageHour
 
 T = TypeVar("T")
 
@@ -123,6 +137,48 @@ class Store:
         rows = await self._database.read(lambda connection: connection.execute(wanted))
         return [Account(**row._asdict()) for row in rows]
 
+    async def newest_audit_rows(
+        self, account_id: str, *, within: timedelta, where: Mapping[str, str], limit: int
+    ) -> tuple[list[AuditRow], int]:
+        """Return up to *limit* rows of the account's last *within*, and how many there are."""
+        since = self._ago(within)
+        return await self._database.read(
+            lambda c: audit.newest(c, account_id, since=since, where=where, limit=limit)
+        )
+
+    async def audit_rows_after(
+        self, after: int, *, account_id: str | None, limit: int
+    ) -> list[AuditEvent]:
+        """Return up to *limit* rows of the audit log with ids above *after*, in their order."""
+        return await self._database.read(
+            lambda c: audit.following(c, after, account_id=account_id, limit=limit)
+        )
+
+    async def active_keys(self, after: UUID, limit: int) -> list[ApiKey]:
+        """Return up to *limit* active keys of all accounts, those with ids above *after*."""
+        return await self._database.read(lambda c: signs.active_keys(c, after, limit, self._now()))
+
+    async def use_in(self, key_ids: Collection[UUID], hours: Iterable[int]) -> list[HourOfUse]:
+        """Return what the keys were used for in these *hours*, where they were used at all."""
+        return await self._database.read(lambda c: signs.use_in(c, key_ids, hours))
+
+    async def use_since(self, key_id: UUID, hour: int) -> tuple[list[HourOfUse], int]:
+        """Return what a key was used for from an *hour* on, and the first that it ever was."""
+        return await self._database.read(lambda c: signs.use_since(c, key_id, hour))
+
+    async def signs_said(self, key_ids: Collection[UUID]) -> list[Said]:
+        """Return what was last said of these keys."""
+        return await self._database.read(lambda c: signs.said(c, key_ids))
+
+    async def claim_look(self, last_hour: Callable[[datetime], int]) -> tuple[bool, datetime]:
+        """Claim the *last_hour* at the database's time; tell whether it was free, and the time."""
+
+        async def claim(transaction: Transaction) -> tuple[bool, datetime]:
+            return await Turn(transaction).claim(last_hour(transaction.now)), transaction.now
+
+        claimed, _ = await self.transact(claim)
+        return claimed
+
     async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> tuple[T, list[Change]]:
         """Run *work* in a transaction that appends its changes to the feed, and commit it.
 
@@ -220,11 +276,66 @@ class Store:
 
         await self._database.write(run)
 
+    async def add_usage(self, flush_id: UUID, tallies: Sequence[Tally]) -> None:
+        """Add *tallies* to the usage of their keys, but for those that there are no more.
+
+        What was added under the same *flush_id* before is not added again. Raises `Unavailable`
+        where it is not known to have been added.
+        """
+        rows = await usage.rows_of(tallies)
+
+        def run(connection: Connection) -> None:
+            usage.add(connection, flush_id, rows, self._begin_usage(connection))
+
+        await self._database.write_usage(run)
+
+    async def read_usage(
+        self, account_id: str, key_id: UUID, span: timedelta
+    ) -> tuple[datetime, list[UsageHour]] | None:
+        """Return the database's time and the hours of the account's key in the *span* before.
+
+        None if the account never had such a key.
+        """
+        return await self._database.read(
+            lambda connection: usage.read(connection, account_id, key_id, span, self._now())
+        )
+
+    async def prune_usage(self) -> int:
+        """Remove hours of more than 92 days ago and ids of flushes of yesterday; return how many.
+
+        In short transactions, so that changes go on meanwhile.
+        """
+        clock = select(self._now())
+        moment = (await self._database.read(lambda c: c.execute(clock))).scalar_one()
+        removed = 0
+        for statement in usage.prunings(moment):
+            while count := await self._prune(statement):
+                removed += count
+        return removed
+
+    async def _prune(self, statement: Delete) -> int:
+        def run(connection: Connection) -> int:
+            self._begin_usage(connection)
+            return connection.execute(statement).rowcount
+
+        return await self._database.write_usage(run)
+
+    def _begin_usage(self, connection: Connection) -> datetime:
+        if self._database.dialect == "sqlite":
+            return self._clock.now()
+        now: datetime = connection.execute(_LIMITS).scalar_one()
+        return now
+
     async def _begin(self, connection: AsyncConnection) -> datetime:
         if self._database.dialect == "sqlite":
             return self._clock.now()
         now: datetime = (await connection.execute(_LIMITS)).scalar_one()
         return now
+
+    def _ago(self, length: timedelta) -> ColumnElement[datetime]:
+        if self._database.dialect == "sqlite":
+            return literal(self._clock.now() - length, UtcDateTime())
+        return type_coerce(self._now() - literal(length, Interval()), UtcDateTime())
 
     def _now(self) -> ColumnElement[datetime]:
         # SQLite has no time but this machine's; PostgreSQL's is one for all processes.

@@ -75,6 +75,7 @@ class Transaction:
         self._is_postgresql = connection.dialect.name == "postgresql"
         self.changes: list[Change] = []
         self.now = now
+        self.connection = connection  # for this package's other modules
 
     async def lock_account(self, account_id: str) -> LockedAccount:
         """Return the account, made and put on the plan "free" if it is new, and hold it.

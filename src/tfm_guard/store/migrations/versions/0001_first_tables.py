@@ -42,6 +42,9 @@ def upgrade() -> None:
         ["account_id", "created_at"],
         unique=False,
     )
+    op.create_index(
+        op.f("ix_tfm_audit_account_id_id"), "tfm_audit", ["account_id", "id"], unique=False
+    )
     op.create_table(
         "tfm_changes",
         sa.Column("id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -64,6 +67,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tfm_flushes")),
     )
+    op.create_index(op.f("ix_tfm_flushes_created_at"), "tfm_flushes", ["created_at"], unique=False)
     op.create_table(
         "tfm_key_usage",
         sa.Column("key_id", sa.Uuid(), nullable=False),
@@ -84,6 +88,13 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name=op.f("pk_tfm_settings")),
     )
     op.create_table(
+        "tfm_signs",
+        sa.Column("key_id", sa.Uuid(), nullable=False),
+        sa.Column("sign", sa.Text(), nullable=False),
+        sa.Column("occasion", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("key_id", "sign", name=op.f("pk_tfm_signs")),
+    )
+    op.create_table(
         "tfm_usage_hours",
         sa.Column("key_id", sa.Uuid(), nullable=False),
         sa.Column("hour", UtcDateTime(), nullable=False),
@@ -91,6 +102,7 @@ def upgrade() -> None:
         sa.Column("refused", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("key_id", "hour", name=op.f("pk_tfm_usage_hours")),
     )
+    op.create_index(op.f("ix_tfm_usage_hours_hour"), "tfm_usage_hours", ["hour"], unique=False)
     op.create_table(
         "tfm_workers",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -145,5 +157,6 @@ def upgrade() -> None:
             {"name": "unfed_seconds", "value": "60"},
             {"name": "poll_seconds", "value": "0.25"},
             {"name": "linked_poll_seconds", "value": "1"},
+            {"name": "signs_hour", "value": ""},
         ],
     )

@@ -1,0 +1,202 @@
+"""Adding what was counted to the usage of keys, reading it, and forgetting what is old."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from functools import cache, lru_cache
+from typing import Any, Final, NamedTuple
+from uuid import UUID
+
+import msgspec
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Delete,
+    Executable,
+    Select,
+    Table,
+    Text,
+    bindparam,
+    cast,
+    delete,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from tfm_guard.records import Tally
+from tfm_guard.store import schema
+from tfm_guard.store.transaction import ERASED_ACCOUNT
+
+# The longest range that is shown has 90 days, of which the first is not over when it begins.
+_HOURS_KEPT: Final = timedelta(days=92)
+# Beyond an hour nobody writes a batch again.
+_FLUSHES_KEPT: Final = timedelta(days=1)
+# Rows removed in one transaction, which keeps other changes on SQLite waiting.
+_PRUNED: Final = 5_000
+_STEP: Final = 500  # rows prepared without letting the event loop do something else
+_HOUR_SECONDS: Final = 3600
+
+
+class UsageHour(NamedTuple):
+    """The requests with a key in the hour from *start* on."""
+
+    start: datetime
+    accepted: int
+    refused: int
+
+
+class UsageRows(NamedTuple):
+    """Rows to be added, as JSON: so that each statement has one parameter, however many rows."""
+
+    last_used: str
+    hours: str
+
+
+async def rows_of(tallies: Sequence[Tally]) -> UsageRows:
+    """Return *tallies* as rows. A key may have several, each of another hour."""
+    last_used: dict[str, float] = {}
+    hours = []
+    for start in range(0, len(tallies), _STEP):
+        for tally in tallies[start : start + _STEP]:
+            key_id = tally.key_id.hex()
+            hours.append(
+                (key_id, _text_of(tally.hour * _HOUR_SECONDS), tally.accepted, tally.refused)
+            )
+            if tally.used_at is not None:
+                last_used[key_id] = max(tally.used_at, last_used.get(key_id, tally.used_at))
+        await asyncio.sleep(0)
+    moments = []
+    for number, (key_id, moment) in enumerate(last_used.items()):
+        moments.append((key_id, _text_of(moment)))
+        if number % _STEP == 0:
+            await asyncio.sleep(0)
+    return UsageRows(msgspec.json.encode(moments).decode(), msgspec.json.encode(hours).decode())
+
+
+def add(connection: Connection, flush_id: UUID, rows: UsageRows, now: datetime) -> None:
+    """Add *rows* to the usage of those keys that there are, unless *flush_id* was added before."""
+    statements = _statements(connection.dialect.name)
+    flush = {"id": flush_id, "created_at": now}
+    if connection.execute(statements.flush, flush).scalar_one_or_none() is None:
+        return
+    connection.execute(statements.last_used, {"rows": rows.last_used})
+    connection.execute(statements.hours, {"rows": rows.hours})
+
+
+async def read(
+    connection: AsyncConnection,
+    account_id: str,
+    key_id: UUID,
+    span: timedelta,
+    now: ColumnElement[datetime],
+) -> tuple[datetime, list[UsageHour]] | None:
+    """Return the database's time and the hours of a key in the *span* before; none if not found."""
+    keys, hours = schema.keys.c, schema.usage_hours.c
+    found = await connection.execute(
+        select(now.label("now")).where(keys.id == key_id, keys.account_id == account_id)
+    )
+    moment = found.scalar_one_or_none()
+    if moment is None:
+        return None
+    rows = await connection.execute(
+        select(hours.hour, hours.accepted, hours.refused)
+        .where(hours.key_id == key_id, hours.hour > moment - span)
+        .order_by(hours.hour)
+    )
+    return moment, [UsageHour(*row) for row in rows]
+
+
+def prunings(now: datetime) -> list[Delete]:
+    """Return statements that each remove some rows that are of no use any more, if there are any.
+
+    To be repeated until none removes anything.
+    """
+    hours, flushes, used = schema.usage_hours, schema.flushes, schema.key_usage
+    erased = select(schema.keys.c.id).where(schema.keys.c.account_id == ERASED_ACCOUNT)
+    return [
+        _removal(hours, hours.c.hour < now - _HOURS_KEPT),
+        _removal(flushes, flushes.c.created_at < now - _FLUSHES_KEPT),
+        # A flush may have come just after its key was erased.
+        _removal(hours, hours.c.key_id.in_(erased)),
+        _removal(used, used.c.key_id.in_(erased)),
+    ]
+
+
+class _Statements(NamedTuple):
+    flush: Executable
+    last_used: Executable
+    hours: Executable
+
+
+@cache
+def _statements(dialect: str) -> _Statements:
+    """Return the statements of a flush, each for any number of rows.
+
+    In the order of the keys: two flushes at once that lock the same rows wait, and never for each
+    other. A key that there is not, or that was erased, has no rows.
+    """
+    make: Any = postgresql if dialect == "postgresql" else sqlite
+    later = func.greatest if dialect == "postgresql" else func.max
+    used, hours = schema.key_usage.c, schema.usage_hours.c
+    flush = make.insert(schema.flushes).on_conflict_do_nothing().returning(schema.flushes.c.id)
+    last_used = _insert(make, schema.key_usage, dialect)
+    last_used = last_used.on_conflict_do_update(
+        index_elements=[used.key_id],
+        set_={"last_used_at": later(used.last_used_at, last_used.excluded.last_used_at)},
+    )
+    added = _insert(make, schema.usage_hours, dialect)
+    added = added.on_conflict_do_update(
+        index_elements=[hours.key_id, hours.hour],
+        set_={
+            "accepted": hours.accepted + added.excluded.accepted,
+            "refused": hours.refused + added.excluded.refused,
+        },
+    )
+    return _Statements(flush, last_used, added)
+
+
+def _insert(make: Any, table: Table, dialect: str) -> Any:
+    """Return what inserts the JSON rows of *table*'s columns."""
+    return make.insert(table).from_select(list(table.c), _rows(table, dialect))
+
+
+def _rows(table: Table, dialect: str) -> Select[Any]:
+    parameter = bindparam("rows", type_=Text())
+    if dialect == "postgresql":
+        each = func.json_array_elements(cast(parameter, postgresql.JSON)).table_valued("value")
+        field = "{} ->> {}"
+    else:
+        each = func.json_each(parameter).table_valued("value")
+        field = "json_extract({}, '$[{}]')"
+    each = each.alias("row")
+    columns = [
+        cast(literal_column(field.format('"row".value', number)), column.type)
+        for number, column in enumerate(table.c)
+    ]
+    keys = schema.keys.c
+    return (
+        select(*columns)
+        .select_from(each.join(schema.keys, keys.id == columns[0]))
+        .where(keys.account_id != ERASED_ACCOUNT)
+        .order_by(keys.id, *columns[1:2])
+    )
+
+
+def _removal(table: Table, condition: ColumnElement[bool]) -> Delete:
+    key = tuple_(*table.primary_key)
+    return delete(table).where(key.in_(select(*table.primary_key).where(condition).limit(_PRUNED)))
+
+
+def _text_of(moment: float) -> str:
+    """Return seconds since 1970 as text that both databases take for a moment."""
+    second, rest = divmod(moment, 1.0)
+    return f"{_second(int(second))}.{int(rest * 1_000_000):06}Z"
+
+
+@lru_cache(256)
+def _second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
