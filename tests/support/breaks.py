@@ -262,12 +262,12 @@ def commits_early() -> Undo:
     """A revocation is committed before its row in the feed is written."""
 
     async def change_key(self: Any, kind: str, key: Any, **values: Any) -> None:
-        async with self._connection.engine.begin() as own:
-            await own.execute(
-                update(schema.keys)
-                .where(schema.keys.c.id == key.id)
-                .values(version=key.version + 1, **values)
-            )
+        await self._connection.execute(
+            update(schema.keys)
+            .where(schema.keys.c.id == key.id)
+            .values(version=key.version + 1, **values)
+        )
+        await self._connection.exec_driver_sql("COMMIT")  # PostgreSQL's driver then begins anew
         self._pending.append((kind, key.prefix, key.version + 1))
 
     return put(transaction.Transaction, "change_key", change_key)

@@ -245,9 +245,9 @@ class Transaction:
         if (await self._connection.execute(live)).first() is not None:
             return False
         await self.lock_account(ERASED_ACCOUNT)
-        for usage in (schema.key_usage, schema.usage_hours):
+        for kept in (schema.key_usage, schema.usage_hours, schema.signs):
             await self._connection.execute(
-                delete(usage).where(usage.c.key_id.in_(select(keys.id).where(mine)))
+                delete(kept).where(kept.c.key_id.in_(select(keys.id).where(mine)))
             )
         nothing = dict.fromkeys(("name", "secret_hash", "scopes", "created_by"), "")
         await self._connection.execute(
