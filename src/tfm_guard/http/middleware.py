@@ -68,7 +68,7 @@ class APIKeyMiddleware:
         if scope["type"] not in _GUARDED:
             await self._pass_on(scope, receive, send)
             return
-        path = _route_path(scope) if scope.get("root_path") else scope["path"]
+        path = route_path(scope) if scope.get("root_path") else scope["path"]
         if path not in self._exempt:
             try:
                 key = self._guard.recall(scope["headers"]) or await self._verify(scope)
@@ -137,7 +137,7 @@ def _announcing_its_end(key: VerifiedKey, send: Send) -> Send:
     return announce
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """Return the path as Starlette's router sees it: without the mount it is under, if any.
 
     Never from the URL, whose host part a client can make to contain a path.
