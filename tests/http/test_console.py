@@ -11,10 +11,9 @@ async def owner(_c: HTTPConnection) -> Person | None:
 
 
 async def test_try(guard: Guard) -> None:
-    await guard.keys.create(account_id="acme", name="CI", scopes=["send"])
+    c = await guard.keys.create(account_id="acme", name="CI", scopes=["send"])
     app = guard.console(identify=owner)
-    answer = await call(app, http_scope(path="/"))
-    print(answer.body.decode())
-    answer = await call(app, http_scope(path="/new"))
-    print(answer.status, answer.body.decode()[:3000])
+    for path in ("", "/rotate", "/delete"):
+        answer = await call(app, http_scope(path=f"/{c.key.id}{path}"))
+        print(answer.status, answer.body.decode()[:3000])
     assert 0

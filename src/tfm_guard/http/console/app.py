@@ -52,7 +52,7 @@ MANY: Final = 8
 PAGE: Final = 50
 _WEEK_IN_BARS: Final = 6  # hours to a bar of the small charts
 _SMALL: Final = {"width": 112, "height": 32}
-_LARGE: Final = {"width": 720, "height": 180}
+_LARGE: Final = {"width": 720, "height": 180, "numbered": True}
 _HISTORY: Final = 100
 _VISIT: Final = "tfm_guard.visit"
 _SORTS: Final[Mapping[str, Callable[[ApiKey], Any]]] = {
@@ -400,7 +400,7 @@ class ConsoleApp:
             visit,
             "key.html",
             key=key,
-            status=status_of(key, visit.now),
+            key_status=status_of(key, visit.now),
             usage=usage,
             chart=draw(usage.buckets, **_LARGE),
             history=history,

@@ -12,7 +12,7 @@ from tfm_guard.records import UsageBucket
 # A count above 0 is seen, however much more another one is.
 _LEAST: Final = 1.5
 _GAP: Final = 0.25  # of the width of a bar and its gap
-_NICE: Final = (1, 2, 5)
+_NICE: Final = (1, 2, 3, 4, 6, 8)
 
 
 class Bar(NamedTuple):
@@ -35,11 +35,15 @@ class Chart(NamedTuple):
     most: int  # what the full height above the axis stands for
 
 
-def draw(buckets: Sequence[UsageBucket], *, width: int, height: int) -> Chart:
-    """Return the chart of *buckets* in a drawing of *width* and *height*."""
+def draw(
+    buckets: Sequence[UsageBucket], *, width: int, height: int, numbered: bool = False
+) -> Chart:
+    """Return the chart of *buckets*, as high as *height*; *numbered* to a number that reads well."""
     accepted = max((bucket.accepted for bucket in buckets), default=0)
     refused = max((bucket.refused for bucket in buckets), default=0)
-    most = _round_up(max(accepted, refused, 1))
+    most = max(accepted, refused, 1)
+    if numbered:
+        most = _round_up(most)
     # As much room below as is needed, at least a little.
     below = max(refused / most, 0.1)
     unit = height / (1 + below)

@@ -308,6 +308,8 @@ console.log(response.status, await response.text());
 
     def requests(self, accepted: int, refused: int) -> str:
         """Say how many requests were accepted and refused."""
+        if not accepted and not refused:
+            return "no requests"
         return f"{accepted:,} accepted, {refused:,} refused"
 
     def chart_title(self, accepted: int, refused: int, range_: UsageRange) -> str:
@@ -341,7 +343,7 @@ console.log(response.status, await response.text());
 
     def exact(self, moment: datetime) -> str:
         """Write a moment out, in UTC."""
-        return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{moment:%Y-%m-%d %H:%M} UTC"
 
     def hour(self, moment: datetime) -> str:
         """Write the hour that begins at *moment*."""

@@ -1,0 +1,140 @@
+"""Makes a picture of each state of the page: `make screenshots`."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page
+
+from tests.support.browser import running_browser
+from tests.support.console import (
+    LIST,
+    ConsoleServer,
+    UnderWay,
+    console_server,
+    fill,
+    silent_process,
+)
+from tests.support.servers import ROOT
+
+PICTURES = ROOT / "docs" / "screenshots"
+WIDE = {"width": 1120, "height": 700}
+NARROW = {"width": 390, "height": 760}
+
+Scene = Callable[[Page], None]
+
+
+def show_list(page: Page) -> None:
+    page.goto(LIST)
+
+
+def show_form(page: Page) -> None:
+    page.goto(f"{LIST}new")
+
+
+def show_faults(page: Page) -> None:
+    page.goto(f"{LIST}new")
+    page.get_by_label("Name").fill("Shop\u202egpj.exe")
+    page.get_by_role("button", name="Create API key").click()
+    page.get_by_role("alert").wait_for()
+
+
+def show_created(page: Page) -> None:
+    page.goto(f"{LIST}new")
+    page.get_by_label("Name").fill("Importer")
+    page.get_by_role("button", name="Create API key").click()
+    page.get_by_role("heading", name="Copy your key now").wait_for()
+
+
+def show_question(page: Page) -> None:
+    page.goto(LIST)
+    page.get_by_role("link", name="Delete Newsletter").click()
+
+
+def show_rotation(page: Page) -> None:
+    page.goto(LIST)
+    page.get_by_role("link", name="Rotate Newsletter").click()
+
+
+def show_key(page: Page) -> None:
+    page.goto(LIST)
+    page.get_by_role("link", name="Web shop", exact=True).click()
+    page.get_by_role("link", name="7 days", exact=True).click()
+
+
+def show_unconfirmed(page: Page) -> None:
+    show_question(page)
+    page.get_by_role("button", name="Delete key").click()
+    page.get_by_text("It stays in the list").wait_for()
+
+
+def main() -> None:
+    """Make all pictures."""
+    PICTURES.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console_server(Path(folder)) as server,
+        running_browser() as browser,
+    ):
+        server.work(lambda guard: fill(guard, "acme"))
+
+        def take(name: str, scene: Scene, account: str = "acme", **options: Any) -> None:
+            _take(server, browser, name, scene, account, **options)
+
+        take("list", show_list)
+        take("list-dark", show_list, color_scheme="dark")
+        take("list-narrow", show_list, viewport=NARROW)
+        take("list-member", show_list, role="member")
+        take("key", show_key)
+        take("key-dark", show_key, color_scheme="dark")
+        take("key-narrow", show_key, viewport=NARROW)
+        take("create", show_form)
+        take("create-faults", show_faults)
+        take("rotate", show_rotation)
+        take("delete", show_question)
+        take("created", show_created)
+        take("created-dark", show_created, color_scheme="dark")
+        take("empty", show_list, account="new")
+        take("signed-out", show_list, account="")
+        server.work(lambda guard: _fill_up(guard, "full"))
+        take("limit", show_list, account="full")
+        with silent_process(server, link="away"):
+            page = server.visit(browser, "acme", viewport=WIDE)
+            show_question(page)
+            tab = UnderWay(page)
+            tab.click("Delete key")
+            _save("delete-waiting", tab.picture())
+            page.context.close()
+            take("delete-unconfirmed", show_unconfirmed)
+
+
+async def _fill_up(guard: Any, account: str) -> None:
+    for name in ("Web shop", "CI"):
+        await guard.keys.create(account_id=account, name=name)
+
+
+def _take(
+    server: ConsoleServer,
+    browser: Browser,
+    name: str,
+    scene: Scene,
+    account: str,
+    *,
+    role: str = "owner",
+    **options: Any,
+) -> None:
+    page = server.visit(browser, account, role, **{"viewport": WIDE, **options})
+    scene(page)
+    _save(name, page.screenshot(full_page=True))
+    page.context.close()
+
+
+def _save(name: str, picture: bytes) -> None:
+    path = PICTURES / f"{name}.png"
+    path.write_bytes(picture)
+    print(path.relative_to(ROOT), len(picture) // 1000, "kB")
+
+
+if __name__ == "__main__":
+    main()
