@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks faults check bench lock test-floors clean
+.PHONY: help demo test simulate breaks faults check screenshots bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -35,6 +35,9 @@ check: .venv/.ready ## Lint; check the formatting, the types and the floors (who
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest -q tests/project/test_floors.py
+
+screenshots: .venv/.ready ## Make a picture of each state of the page in docs/screenshots.
+	@.venv/bin/python -m tests.console
 
 bench: .venv/.ready ## Measure what the middleware adds to a request, and usage (ARGS=--json).
 	@.venv/bin/python benchmarks/warm_path.py $(ARGS)

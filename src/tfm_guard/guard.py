@@ -256,8 +256,8 @@ class Guard:
         *identify* tells who sent a request, as with `management_app`. *sign_in_url* is where those
         go of whom it does not know, *plans_url* those who need room for more keys. *first_steps*
         are programs by their title that an account without keys is shown, with `{api_url}` for
-        *api_url*, which is where the page itself is found if not given. *texts* are the page's words
-        in another language. Needs Jinja2, the extra `console`.
+        *api_url*, which is where the page itself is found if not given. *texts* are the words of
+        the page, in another language. Needs Jinja2, the extra `console`.
         """
         # Imported here: the HTTP floor stands on this one.
         from tfm_guard.http.console.app import ConsoleApp, Links  # noqa: PLC0415
@@ -429,9 +429,7 @@ class Guard:
             signs.start()
             audit = AuditLog(store=store)
             form_keys = tuple(derive(secret, b"form") for secret in secrets)
-            return _Parts(
-                verifier, live, keys, accounts, audit, signs, form_keys, ending.pop_all()
-            )
+            return _Parts(verifier, live, keys, accounts, audit, signs, form_keys, ending.pop_all())
 
     def _new_store(self) -> Store:
         return Store(

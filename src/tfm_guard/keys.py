@@ -144,7 +144,7 @@ class KeyManager:
     async def unconfirmed(self, account_id: str) -> Sequence[ApiKey]:
         """Return the revoked keys of *account_id* that some process may still accept.
 
-        They were not confirmed yet, or nobody stayed to hear it. Revoking them again joins the wait.
+        They were not confirmed yet, or nobody stayed to hear it. Revoking again joins the wait.
         """
         return await self._store.list_unconfirmed(account_id)
 

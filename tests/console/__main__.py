@@ -1,5 +1,6 @@
 """Makes a picture of each state of the page: `make screenshots`."""
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ from tests.support.browser import running_browser
 from tests.support.console import (
     LIST,
     ConsoleServer,
-    UnderWay,
     console_server,
     fill,
     silent_process,
@@ -26,14 +26,17 @@ Scene = Callable[[Page], None]
 
 
 def show_list(page: Page) -> None:
+    """The list."""
     page.goto(LIST)
 
 
 def show_form(page: Page) -> None:
+    """The form for a new key."""
     page.goto(f"{LIST}new")
 
 
 def show_faults(page: Page) -> None:
+    """That form, with a name that is refused."""
     page.goto(f"{LIST}new")
     page.get_by_label("Name").fill("Shop\u202egpj.exe")
     page.get_by_role("button", name="Create API key").click()
@@ -41,6 +44,7 @@ def show_faults(page: Page) -> None:
 
 
 def show_created(page: Page) -> None:
+    """The one time that a key is shown."""
     page.goto(f"{LIST}new")
     page.get_by_label("Name").fill("Importer")
     page.get_by_role("button", name="Create API key").click()
@@ -48,22 +52,35 @@ def show_created(page: Page) -> None:
 
 
 def show_question(page: Page) -> None:
+    """The question whether to delete a key."""
     page.goto(LIST)
     page.get_by_role("link", name="Delete Newsletter").click()
 
 
 def show_rotation(page: Page) -> None:
+    """The form to rotate a key."""
     page.goto(LIST)
     page.get_by_role("link", name="Rotate Newsletter").click()
 
 
 def show_key(page: Page) -> None:
+    """One key, over 7 days."""
     page.goto(LIST)
     page.get_by_role("link", name="Web shop", exact=True).click()
     page.get_by_role("link", name="7 days", exact=True).click()
 
 
+def show_waiting(page: Page) -> None:
+    """What is said while a key is being deleted."""
+    show_question(page)
+    # Held here, and not by the server, or the picture would wait for the answer.
+    page.evaluate("addEventListener('submit', (event) => event.preventDefault())")
+    page.get_by_role("button", name="Delete key").click()
+    page.get_by_text("Deleting…").wait_for()
+
+
 def show_unconfirmed(page: Page) -> None:
+    """What is said when that could not be confirmed."""
     show_question(page)
     page.get_by_role("button", name="Delete key").click()
     page.get_by_text("It stays in the list").wait_for()
@@ -100,12 +117,7 @@ def main() -> None:
         server.work(lambda guard: _fill_up(guard, "full"))
         take("limit", show_list, account="full")
         with silent_process(server, link="away"):
-            page = server.visit(browser, "acme", viewport=WIDE)
-            show_question(page)
-            tab = UnderWay(page)
-            tab.click("Delete key")
-            _save("delete-waiting", tab.picture())
-            page.context.close()
+            take("delete-waiting", show_waiting)
             take("delete-unconfirmed", show_unconfirmed)
 
 
@@ -126,14 +138,9 @@ def _take(
 ) -> None:
     page = server.visit(browser, account, role, **{"viewport": WIDE, **options})
     scene(page)
-    _save(name, page.screenshot(full_page=True))
+    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
     page.context.close()
-
-
-def _save(name: str, picture: bytes) -> None:
-    path = PICTURES / f"{name}.png"
-    path.write_bytes(picture)
-    print(path.relative_to(ROOT), len(picture) // 1000, "kB")
+    sys.stdout.write(f"docs/screenshots/{name}.png\n")
 
 
 if __name__ == "__main__":

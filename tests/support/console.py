@@ -1,7 +1,6 @@
 """The page on a server of its own, with accounts to look at."""
 
 import asyncio
-import base64
 import math
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,28 +56,6 @@ class ConsoleServer(NamedTuple):
 def sign_in(context: BrowserContext, url: str, account: str, role: str) -> None:
     """Give a browser the cookie that says who uses it."""
     context.add_cookies([{"name": "who", "value": f"{account}-{role}", "url": url}])
-
-
-class UnderWay:
-    """A tab while it waits for an answer, during which Playwright's own ways wait, too."""
-
-    def __init__(self, page: Page) -> None:
-        self._session = page.context.new_cdp_session(page)
-
-    def click(self, button: str) -> None:
-        """Click the button that says so."""
-        buttons = "[...document.querySelectorAll('button')]"
-        self.evaluate(f"{buttons}.find((each) => each.textContent == {button!r}).click()")
-
-    def evaluate(self, program: str) -> Any:
-        """Return the value of a JavaScript expression."""
-        answer = self._session.send("Runtime.evaluate", {"expression": program})
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def picture(self) -> bytes:
-        """Return what there is to see."""
-        return base64.b64decode(self._session.send("Page.captureScreenshot")["data"])
 
 
 @contextmanager

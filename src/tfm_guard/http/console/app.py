@@ -51,8 +51,6 @@ except ModuleNotFoundError as error:
 MANY: Final = 8
 PAGE: Final = 50
 _WEEK_IN_BARS: Final = 6  # hours to a bar of the small charts
-_SMALL: Final = {"width": 112, "height": 32}
-_LARGE: Final = {"width": 720, "height": 180, "numbered": True}
 _HISTORY: Final = 100
 _VISIT: Final = "tfm_guard.visit"
 _SORTS: Final[Mapping[str, Callable[[ApiKey], Any]]] = {
@@ -264,7 +262,9 @@ class ConsoleApp:
         for key in keys:
             buckets = gather(usage[key.id].buckets, _WEEK_IN_BARS)
             status = status_of(key, visit.now)
-            rows.append(Row(key, status, usage[key.id], draw(buckets, **_SMALL)))
+            rows.append(
+                Row(key, status, usage[key.id], draw(buckets, width=112, height=32, numbered=False))
+            )
         return rows
 
     async def _plan(self, visit: Visit) -> dict[str, Any]:
@@ -329,7 +329,7 @@ class ConsoleApp:
     async def _create(self, visit: Visit) -> Response:
         fields = ("after", "name", "scope", "expires", "expires_on")
         form = await self._form(visit, *fields)
-        values = {
+        values: dict[str, Any] = {
             "name": form.one("name"),
             "scopes": form.all("scope"),
             "expires": form.one("expires"),
@@ -402,7 +402,7 @@ class ConsoleApp:
             key=key,
             key_status=status_of(key, visit.now),
             usage=usage,
-            chart=draw(usage.buckets, **_LARGE),
+            chart=draw(usage.buckets, width=720, height=180, numbered=True),
             history=history,
             descriptions=self._guard.scopes.descriptions,
         )
@@ -451,18 +451,36 @@ class ConsoleApp:
         return self._page(visit, "delete.html", key=key)
 
     async def _delete(self, visit: Visit) -> Response:
-        await self._form(visit)
-        keys, key_id = self._guard.keys, visit.key_id()
-        there = [*await keys.list(visit.account_id), *await keys.unconfirmed(visit.account_id)]
-        key = next((key for key in there if key.id == key_id), None)
-        if key is None:
-            raise KeyNotFound
+        form = await self._form(visit, "again")
+        key_id = visit.key_id()
+        prefix = await self._prefix(visit, key_id, deleted=bool(form.one("again")))
         outcome = "deleted"
         try:
-            await keys.revoke(visit.account_id, key_id, actor=visit.actor)
+            await self._guard.keys.revoke(visit.account_id, key_id, actor=visit.actor)
         except NotConfirmed:
             outcome = "unconfirmed"
-        return visit.to(note=visit.seals.note(f"{outcome}-{key.key_prefix}"))
+        except KeyNotFound:
+            if not form.one("again"):
+                raise
+        return visit.to(note=visit.seals.note(f"{outcome}-{prefix}"))
+
+    async def _prefix(self, visit: Visit, key_id: UUID, *, deleted: bool) -> str:
+        """Return the prefix of one of the account's keys; also of one that was *deleted*.
+
+        For who asks again: it may have been confirmed in the meantime.
+        """
+        keys = self._guard.keys
+        there = [*await keys.list(visit.account_id), *await keys.unconfirmed(visit.account_id)]
+        for key in there:
+            if key.id == key_id:
+                return key.key_prefix
+        if deleted:
+            rows = await self._guard.audit.list(
+                visit.account_id, action="api_key.revoked", target_id=str(key_id), limit=1
+            )
+            for row in rows.items:
+                return str(row.meta["key_prefix"])
+        raise KeyNotFound
 
     async def _form(self, visit: Visit, *known: str) -> Form:
         """Return the form that came, if the person may change keys and it was given to them."""
@@ -511,7 +529,7 @@ def _with_security_headers(send: Send) -> Send:
 
 
 def _to_right_slashes(path: str, scope: Scope) -> Response | None:
-    """Send the browser on from an address with a slash too many at its end, or without the only one.
+    """Send the browser on from an address with a slash too many at its end, or one too few.
 
     With an address relative to its own, which is right wherever the app is mounted.
     """

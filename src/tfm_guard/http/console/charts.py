@@ -35,10 +35,8 @@ class Chart(NamedTuple):
     most: int  # what the full height above the axis stands for
 
 
-def draw(
-    buckets: Sequence[UsageBucket], *, width: int, height: int, numbered: bool = False
-) -> Chart:
-    """Return the chart of *buckets*, as high as *height*; *numbered* to a number that reads well."""
+def draw(buckets: Sequence[UsageBucket], *, width: int, height: int, numbered: bool) -> Chart:
+    """Return the chart of *buckets*, as high as its highest bar, or a number that reads well."""
     accepted = max((bucket.accepted for bucket in buckets), default=0)
     refused = max((bucket.refused for bucket in buckets), default=0)
     most = max(accepted, refused, 1)

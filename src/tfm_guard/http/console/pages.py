@@ -55,9 +55,7 @@ class Pages:
         self._templates.filters["fill"] = fill
         self._templates.globals.update(t=texts, version=version, bdi=bdi)
 
-    def render(
-        self, template: str, *, base: str, status: int = 200, **values: Any
-    ) -> HTMLResponse:
+    def render(self, template: str, *, base: str, status: int = 200, **values: Any) -> HTMLResponse:
         """Return a page; *base* leads from its address to that of the list."""
         content = self._templates.get_template(template).render(base=base, **values)
         return HTMLResponse(content, status)

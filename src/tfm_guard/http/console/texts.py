@@ -29,8 +29,8 @@ class Texts:
     api_keys: str = "API Keys"
     skip: str = "Skip to the content"
     intro: str = (
-        "A key lets a program use the API for your account. Give each program its own, with no more "
-        "scopes than it needs."
+        "A key lets a program use the API for your account. Give each program its own, with no "
+        "more scopes than it needs."
     )
     back_to_list: str = "Back to API Keys"
     cancel: str = "Cancel"
@@ -140,7 +140,7 @@ console.log(response.status, await response.text());
 
     # Create
     create_title: str = "Create API key"
-    name_hint: str = "What uses it, like “Web shop” or “CI”. You can see it, the key does not hold it."
+    name_hint: str = "What uses the key, like “Web shop” or “CI”."
     scopes_hint: str = "What the key may do. It can do nothing else."
     expiry: str = "Expiry"
     expiry_choices: Mapping[str, str] = MappingProxyType(
@@ -181,8 +181,8 @@ console.log(response.status, await response.text());
     # Rotate
     rotate_title: str = "Rotate {name}?"
     rotate_text: str = (
-        "A new key with the same name and scopes is created and shown once. The old key {prefix} goes "
-        "on working while you put the new one in its place."
+        "A new key with the same name and scopes is created and shown once. The old key {prefix} "
+        "goes on working while you put the new one in its place."
     )
     grace: str = "The old key works for another"
     grace_choices: Mapping[str, str] = MappingProxyType(
@@ -304,7 +304,7 @@ console.log(response.status, await response.text());
 
     def shown(self, first: int, last: int, total: int) -> str:
         """Say which keys of a long list are shown."""
-        return f"{first}–{last} of {total}"  # noqa: RUF001  # from … to
+        return f"{first}–{last} of {total}"
 
     def requests(self, accepted: int, refused: int) -> str:
         """Say how many requests were accepted and refused."""

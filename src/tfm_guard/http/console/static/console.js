@@ -5,6 +5,9 @@
 const secret = document.querySelector("[data-secret]");
 if (secret) {
   const list = document.querySelector("[data-list]").href;
+  for (const link of document.querySelectorAll("a:not([href^='#'])")) {
+    link.href = link.href; // as it is seen from this address, not from that
+  }
   history.replaceState(null, "", list); // what is reloaded, or restored, is the list
   addEventListener("pagehide", () => secret.replaceChildren());
   addEventListener("pageshow", (event) => {
