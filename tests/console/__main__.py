@@ -1,11 +1,13 @@
 """Makes a picture of each state of the page: `make screenshots`."""
 
+import io
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, Page
 
 from tests.support.browser import running_browser
@@ -138,7 +140,8 @@ def _take(
 ) -> None:
     page = server.visit(browser, account, role, **{"viewport": WIDE, **options})
     scene(page)
-    page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+    picture.convert("RGB").quantize(64).save(PICTURES / f"{name}.png", optimize=True)
     page.context.close()
     sys.stdout.write(f"docs/screenshots/{name}.png\n")
 
