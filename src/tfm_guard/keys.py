@@ -171,7 +171,7 @@ class KeyManager:
         kept = None if scopes is None else _listed(scopes)
 
         async def change(transaction: Transaction) -> tuple[ApiKey, Change]:
-            row = await self._lock_active(transaction, account_id, key_id)
+            row = await _lock_active(transaction, account_id, key_id)
             if kept is not None:
                 _check_narrowing(kept, row.scopes)
             new = row._replace(
@@ -215,7 +215,7 @@ class KeyManager:
             actor = Actor.of(actor)._replace(name=actor_of(caller))
 
         async def rotate(transaction: Transaction, minted: _Minted) -> ApiKey:
-            row = await self._lock_active(transaction, account_id, key_id)
+            row = await _lock_active(transaction, account_id, key_id)
             if caller is not None:
                 held = await transaction.active_scopes(account_id, caller.key_id)
                 _check_grant(row.scopes, held)
@@ -360,16 +360,6 @@ class KeyManager:
             meta=meta,
         )
 
-    async def _lock_active(
-        self, transaction: Transaction, account_id: str, key_id: UUID
-    ) -> LockedKey:
-        row = await transaction.lock_key(account_id, key_id)
-        if row is None or row.revoked_at is not None:
-            raise KeyNotFound
-        if row.expires_at is not None and row.expires_at <= transaction.now:
-            raise KeyNotFound
-        return row
-
     async def _check_limit(self, transaction: Transaction, account: LockedAccount) -> None:
         current = await transaction.count_active_keys(account.id)
         # A plan that was taken out of the settings grants what an unknown account has.
@@ -401,6 +391,17 @@ def in_utc(moment: datetime, *, field: str) -> datetime:
 def actor_of(caller: VerifiedKey) -> str:
     """Return how the audit log names a key that acts."""
     return f"api_key:{caller.key_id}"
+
+
+async def _lock_active(transaction: Transaction, account_id: str, key_id: UUID) -> LockedKey:
+    row = await transaction.lock_key(account_id, key_id)
+    if row is None or row.revoked_at is not None:
+        raise KeyNotFound
+    # A rotation that ended the key may be what was waited for, longer than the transaction is old.
+    now = max(transaction.now, row.replaced_at or transaction.now)
+    if row.expires_at is not None and row.expires_at <= now:
+        raise KeyNotFound
+    return row
 
 
 async def _audit(

@@ -115,6 +115,23 @@ async def test_without_a_grace_the_key_ends_at_once(guard: Guard) -> None:
     assert await guard.keys.list("acme") == [new.key]
 
 
+async def test_who_waited_for_a_rotation_finds_the_key_ended(postgres_url: str) -> None:
+    """What is to narrow a key, and began before the rotation that ended it, narrows nothing."""
+    async with new_guard(postgres_url) as guard, new_guard(postgres_url) as other:
+        old = await create(guard, scopes=["send", "domains:read"])
+        point = Failpoint("before locking", dies=False)
+        try:
+            changing = asyncio.create_task(other.keys.change("acme", old.key.id, scopes=["send"]))
+            await until(lambda: point.reached, what="the change's transaction")
+            new = await guard.keys.rotate("acme", old.key.id, grace=NONE)
+            point.release()
+            with pytest.raises(KeyNotFound):
+                await changing
+        finally:
+            point.remove()
+        assert new.key.scopes == {"send", "domains:read"}
+
+
 async def test_revoking_cuts_the_grace_short(guard: Guard) -> None:
     """Once revoking the old key has returned it is refused, and its successor is not."""
     old = await create(guard)

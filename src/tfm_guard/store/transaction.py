@@ -61,6 +61,7 @@ class LockedKey(NamedTuple):
     created_at: datetime
     expires_at: datetime | None
     replaced_by: UUID | None
+    replaced_at: datetime | None
     revoked_at: datetime | None
     confirmed_at: datetime | None
 
