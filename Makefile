@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks faults check screenshots bench lock test-floors clean
+.PHONY: help demo test simulate breaks races faults fuzz check screenshots bench lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -27,8 +27,14 @@ simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --s
 breaks: .venv/.ready ## Break each rule of the code in turn: something must fail, for some 5 minutes.
 	@.venv/bin/python -m tests.simulation.all_breaks
 
+races: .venv/.ready ## Change the same keys at the same time, 10,000 times on each database.
+	@.venv/bin/python -m tests.flows.interleavings $(ARGS)
+
 faults: .venv/.ready ## Try every fault on real servers, for some 25 minutes (ARGS="7 31").
 	@.venv/bin/python -m tests.faults $(ARGS)
+
+fuzz: .venv/.ready ## Send the management API what it does not expect, for minutes (ARGS="--seed 1").
+	@.venv/bin/python -m tests.fuzz $(ARGS)
 
 check: .venv/.ready ## Lint; check the formatting, the types and the floors (who imports whom).
 	@.venv/bin/ruff check
@@ -51,7 +57,7 @@ test-floors: .venv-floors/.ready ## Run the suite on the oldest versions that py
 	@.venv-floors/bin/python -m pytest $(IN_TWO) $(ARGS)
 
 clean: ## Remove what the other targets made, except the lock files.
-	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-floors build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .schemathesis
 	@find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # One recipe for both environments: .venv from dev.lock, .venv-floors from floors.lock.

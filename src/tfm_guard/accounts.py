@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 from tfm_guard.confirmation import Confirmation
 from tfm_guard.errors import AccountNotFound, InvalidInput
 from tfm_guard.records import Account, Actor, Change, Revocation
-from tfm_guard.store import LockedAccount, Store, Transaction
+from tfm_guard.store import ERASED_ACCOUNT, LockedAccount, Store, Transaction
 from tfm_guard.text import plain_text
 
 T = TypeVar("T")
@@ -63,15 +63,18 @@ class AccountManager:
         """
 
         async def suspend(transaction: Transaction, account: LockedAccount) -> list[Change]:
-            if account.suspended_at is not None:
-                return await transaction.states(account_id, kind="suspended")
-            await transaction.suspend_account(account_id, transaction.now)
-            await transaction.change_active_keys("suspended", account_id)
-            await _audit(transaction, account_id, actor, "suspended")
-            return []
+            states = await transaction.states(account_id, kind="suspended")
+            if account.suspended_at is None:
+                await transaction.suspend_account(account_id, transaction.now)
+                await transaction.change_active_keys("suspended", account_id)
+                await _audit(transaction, account_id, actor, "suspended")
+            return states
 
         earlier, changes = await self._store.transact(self._on(account_id, suspend))
-        return await self._confirmation.wait(earlier or changes)
+        # Of the other keys some may have been revoked a moment ago, which not all may know yet.
+        changed = {change.prefix for change in changes}
+        others = [state for state in earlier if state.prefix not in changed]
+        return await self._confirmation.wait([*others, *changes])
 
     async def resume(self, account_id: str, *, actor: str | Actor = "application") -> None:
         """Have the keys of a suspended account accepted again. Does nothing for any other.
@@ -103,10 +106,10 @@ class AccountManager:
             return await transaction.states(account_id, kind="revoked")
 
         async def erase(transaction: Transaction, _: LockedAccount) -> bool:
-            return await transaction.erase_account(account_id)
+            return await transaction.erase_account(account_id, known=changes)
 
         erased = False
-        while not erased:  # a key may have been created meanwhile
+        while not erased:  # a key may have been created meanwhile, and perhaps revoked
             await self._store.transact(self._on(account_id, revoke))
             # Those too that were revoked earlier, which may not have been confirmed.
             changes, _ = await self._store.transact(self._on(account_id, states))
@@ -120,7 +123,7 @@ class AccountManager:
 
         async def run(transaction: Transaction) -> T:
             account = await transaction.lock_known_account(account_id)
-            if account is None:
+            if account is None or account_id == ERASED_ACCOUNT:
                 raise AccountNotFound(account_id)
             return await work(transaction, account)
 

@@ -41,6 +41,9 @@ _FIRST_PAUSE_SECONDS: Final = 0.005
 _LONGEST_PAUSE_SECONDS: Final = 0.05
 _PUBLISHING_PAUSE_SECONDS: Final = 0.1
 
+# What is waited for: prefixes and versions; and whether it is to be recorded.
+_Wait = tuple[frozenset[tuple[str, int]], bool]
+
 
 class Confirmation:
     """Waits for the processes in the register of *store*, and tells them over *link*, if any."""
@@ -60,7 +63,7 @@ class Confirmation:
         self._clock = clock
         self._lease = installation.lease
         self._unfed = installation.unfed
-        self._running: dict[frozenset[tuple[str, int]], asyncio.Task[Revocation]] = {}
+        self._running: dict[_Wait, asyncio.Task[Revocation]] = {}
         self._next_reading: asyncio.Task[Register | None] | None = None
         self._reading: asyncio.Task[Register | None] | None = None
         self._closed = False
@@ -93,11 +96,12 @@ class Confirmation:
             raise NotConfirmed
         # Not by their numbers: asking again, they have the number of the latest change.
         states = frozenset((change.prefix, change.version) for change in changes)
-        task = self._running.get(states)
+        wait = states, confirmed is not None  # else it would not be recorded
+        task = self._running.get(wait)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._confirm(changes, confirmed))
-            self._running[states] = task
-            task.add_done_callback(lambda _: self._running.pop(states))
+            self._running[wait] = task
+            task.add_done_callback(lambda _: self._running.pop(wait))
         done = asyncio.Event()
         task.add_done_callback(lambda _: done.set())
         await self._clock.sleep(CONFIRM_SECONDS, unless=done)

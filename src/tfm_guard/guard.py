@@ -21,13 +21,14 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import GuardError, InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing, HashingProfile
+from tfm_guard.imports import KeyImporter
 from tfm_guard.keys import KeyManager
 from tfm_guard.link import Link, Seals
 from tfm_guard.live import LiveConnection, LiveConnections
 from tfm_guard.local_cache import LocalCache, NegativeCache
 from tfm_guard.outages import Outages
 from tfm_guard.reader import KeyReader
-from tfm_guard.records import VerifiedKey
+from tfm_guard.records import Explanation, VerifiedKey
 from tfm_guard.redis_access import RedisAccess
 from tfm_guard.scopes import ScopeRegistry
 from tfm_guard.settings import Settings
@@ -55,6 +56,7 @@ class _Parts(NamedTuple):
     live: LiveConnections
     keys: KeyManager
     accounts: AccountManager
+    imports: KeyImporter
     audit: AuditLog
     signs: Signs
     form_keys: tuple[bytes, ...]
@@ -136,6 +138,11 @@ class Guard:
         """
         return self._opened_parts().signs
 
+    @property
+    def imports(self) -> KeyImporter:
+        """Takes over keys that were issued elsewhere. The guard must be open."""
+        return self._opened_parts().imports
+
     async def verify(self, token: str | bytes) -> VerifiedKey:
         """Return the key that *token* proves, opening the guard if it is not yet.
 
@@ -149,6 +156,14 @@ class Guard:
         with self._outages.noted():
             verifier = (await self._open_for_request()).verifier
             return verifier.recall(as_headers(raw)) or await verifier.look_up(raw)
+
+    async def explain(self, token: str) -> Explanation:
+        """Return which key *token* proves, active or not, and why it is refused, if it is.
+
+        For operators: who sent the token must not learn it. The guard must be open. Raises
+        `Unavailable`.
+        """
+        return await self._opened_parts().verifier.explain(token.encode(errors="replace"))
 
     async def holds(self, key: VerifiedKey) -> bool:
         """Tell whether *key*, verified a while ago, is still active, with all its scopes.
@@ -429,7 +444,19 @@ class Guard:
             signs.start()
             audit = AuditLog(store=store)
             form_keys = tuple(derive(secret, b"form") for secret in secrets)
-            return _Parts(verifier, live, keys, accounts, audit, signs, form_keys, ending.pop_all())
+            imports = KeyImporter(
+                store=store,
+                hashing=hashing,
+                tagger=tagger,
+                digest_keys=digest_keys,
+                scopes=self.scopes,
+                plans=settings.plans,
+                clock=clock,
+                random=self._random,
+            )
+            return _Parts(
+                verifier, live, keys, accounts, imports, audit, signs, form_keys, ending.pop_all()
+            )
 
     def _new_store(self) -> Store:
         return Store(

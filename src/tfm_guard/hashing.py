@@ -1,10 +1,18 @@
-"""argon2id, off the event loop, in a pool that cannot be flooded."""
+"""What is stored of a token besides its digest: argon2id, or what came with an imported key.
+
+argon2 is computed off the event loop, in a pool that cannot be flooded.
+"""
 
 import asyncio
+import base64
+import binascii
 import contextlib
+import hashlib
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from hmac import compare_digest
 from typing import Final, NamedTuple, TypeVar
 
 from argon2 import PasswordHasher, Type, extract_parameters
@@ -25,6 +33,23 @@ QUEUE: Final = 16
 _MAXIMUM_MEMORY_KIB: Final = 262_144
 _MAXIMUM_WORK_KIB: Final = 524_288  # memory times passes
 _MAXIMUM_LANES: Final = 16
+
+# A fast hash is stored as its name, this mark, and its hexadecimal digits.
+_TAG: Final = "$"
+_FAST_HASHES: Final = {"sha256": hashlib.sha256, "sha512": hashlib.sha512}
+_FAST_HASH_BY_DIGITS: Final = {
+    hash_().digest_size * 2: name for name, hash_ in _FAST_HASHES.items()
+}
+_LOWERCASE_HEX: Final = re.compile(r"[0-9a-f]+")
+_PHC: Final = re.compile(
+    r"\$argon2(?:id|i|d)\$v=(?:16|19)\$m=[1-9][0-9]{0,9},t=[1-9][0-9]{0,9},p=[1-9][0-9]{0,9}"
+    r"\$([A-Za-z0-9+/]+)\$([A-Za-z0-9+/]+)"
+)
+# RFC 9106 section 3.1 asks for 8 bytes of salt, and has hashes from 4 bytes on: of so short a one,
+# many tokens would pass for the right one.
+_SALT_BYTES: Final = range(8, 65)
+_HASH_BYTES: Final = range(16, 65)
+_LEAST_MEMORY_KIB_PER_LANE: Final = 8
 
 
 class HashingProfile(NamedTuple):
@@ -59,11 +84,14 @@ class Hashing:
         return await self._run(lambda: self._hasher.hash(token))
 
     async def verify(self, secret_hash: str, token: bytes) -> bool:
-        """Tell whether *secret_hash*, an argon2 PHC string, is of *token*.
+        """Tell whether *secret_hash*, an argon2 PHC string or a tagged fast hash, is of *token*.
 
         One that is unreadable or asks for more than this machine should give is of no token.
         Raises `Unavailable`.
         """
+        name, _, digits = secret_hash.partition(_TAG)
+        if name in _FAST_HASHES:  # the work of microseconds, and so done here
+            return compare_digest(_FAST_HASHES[name](token).hexdigest().encode(), digits.encode())
         if not _is_affordable(secret_hash):
             return False
 
@@ -110,3 +138,53 @@ def _is_affordable(secret_hash: str) -> bool:
         and asked.memory_cost * asked.time_cost <= _MAXIMUM_WORK_KIB
         and asked.parallelism <= _MAXIMUM_LANES
     )
+
+
+def read_hash(text: str) -> str:
+    """Return the hash that *text* gives of a whole token, as it is stored and verified.
+
+    It is an argon2 PHC string, or the hexadecimal digits of a SHA-256 or SHA-512. Raises
+    `ValueError` with what is wrong with it; the message never quotes it.
+    """
+    if text.startswith("$"):
+        return _checked_phc(text)
+    digits = text.lower()
+    name = _FAST_HASH_BY_DIGITS.get(len(digits))
+    if name is None or not _LOWERCASE_HEX.fullmatch(digits):
+        raise ValueError(
+            "Expected an argon2 PHC string ($argon2id$v=19$…), 64 hexadecimal digits of SHA-256, "
+            "or 128 of SHA-512"
+        )
+    return f"{name}{_TAG}{digits}"
+
+
+def _checked_phc(text: str) -> str:
+    match = _PHC.fullmatch(text)
+    if match is None:
+        raise ValueError("This is no argon2 PHC string, like $argon2id$v=19$m=19456,t=2,p=1$…$…")
+    salt, hash_ = map(_decoded_length, match.groups())
+    if salt not in _SALT_BYTES or hash_ not in _HASH_BYTES:
+        raise ValueError(
+            f"argon2 with {salt} bytes of salt and {hash_} of hash: expected "
+            f"{_SALT_BYTES[0]} to {_SALT_BYTES[-1]}, and {_HASH_BYTES[0]} to {_HASH_BYTES[-1]}"
+        )
+    asked = extract_parameters(text)
+    if asked.memory_cost < _LEAST_MEMORY_KIB_PER_LANE * asked.parallelism:
+        raise ValueError(f"argon2 needs at least {_LEAST_MEMORY_KIB_PER_LANE} KiB for each lane")
+    if not _is_affordable(text):
+        raise ValueError(
+            f"argon2 with m={asked.memory_cost},t={asked.time_cost},p={asked.parallelism} asks for "
+            f"too much: m at most {_MAXIMUM_MEMORY_KIB}, m times t at most {_MAXIMUM_WORK_KIB}, "
+            f"p at most {_MAXIMUM_LANES}"
+        )
+    return text
+
+
+def _decoded_length(text: str) -> int:
+    """Return how many bytes *text* stands for in base64 without padding; 0 if it is none."""
+    try:
+        decoded = base64.b64decode(text + "=" * (-len(text) % 4))
+    except binascii.Error:
+        return 0
+    # Of the bits left over in the last letter argon2 demands that they are zero.
+    return len(decoded) if base64.b64encode(decoded).decode().rstrip("=") == text else 0

@@ -29,6 +29,7 @@ from tfm_guard.records import (
     ApiKey,
     Change,
     CreatedKey,
+    KeyStatus,
     KeyUsage,
     Revocation,
     RotatedKey,
@@ -36,6 +37,7 @@ from tfm_guard.records import (
     VerifiedKey,
 )
 from tfm_guard.scopes import DEFAULT_SCOPES, ScopeRegistry
+from tfm_guard.signs import status_of
 from tfm_guard.store import LockedAccount, LockedKey, PrefixTaken, Store, Transaction
 from tfm_guard.text import plain_text
 from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
@@ -115,7 +117,7 @@ class KeyManager:
         if caller is not None:
             _check_grant(granted, caller.scopes)
         if expires_at is not None:
-            expires_at = self._future_in_utc(expires_at)
+            expires_at = future(expires_at, self._clock)
 
         async def create(transaction: Transaction, minted: _Minted) -> ApiKey:
             account = await transaction.lock_account(account_id)
@@ -176,7 +178,7 @@ class KeyManager:
         kept = None if scopes is None else _listed(scopes)
 
         async def change(transaction: Transaction) -> tuple[ApiKey, Change]:
-            row = await self._lock_active(transaction, account_id, key_id)
+            row = await _lock_active(transaction, account_id, key_id)
             if kept is not None:
                 _check_narrowing(kept, row.scopes)
             new = row._replace(
@@ -220,7 +222,7 @@ class KeyManager:
             actor = Actor.of(actor)._replace(name=actor_of(caller))
 
         async def rotate(transaction: Transaction, minted: _Minted) -> ApiKey:
-            row = await self._lock_active(transaction, account_id, key_id)
+            row = await _lock_active(transaction, account_id, key_id)
             if caller is not None:
                 held = await transaction.active_scopes(account_id, caller.key_id)
                 _check_grant(row.scopes, held)
@@ -252,6 +254,10 @@ class KeyManager:
             token=minted.token.decode("ascii"), key=key, replaces=key_id, confirmed=confirmed
         )
 
+    def status(self, key: ApiKey) -> KeyStatus:
+        """Return what there is to say about *key* now (`tfm_guard.signs.status_of`)."""
+        return status_of(key, self._clock.now())
+
     async def usage(
         self,
         account_id: str,
@@ -278,6 +284,16 @@ class KeyManager:
         """Return, as `usage` does, how often each of *keys* was accepted and refused, by its id."""
         now, hours = await self._store.read_usage_of([key.id for key in keys], span_of(range))
         return {key_id: summarize(range, now, those) for key_id, those in hours.items()}
+
+    async def id_of(self, account_id: str, key_prefix: str) -> UUID:
+        """Return the id of the account's key with that prefix, active or not.
+
+        Raises `KeyNotFound`.
+        """
+        row = (await self._store.find_keys([key_prefix])).get(key_prefix)
+        if row is None or row.account_id != account_id:
+            raise KeyNotFound
+        return row.id
 
     async def revoke(
         self, account_id: str, key_id: UUID, *, actor: str | Actor = "application"
@@ -361,16 +377,6 @@ class KeyManager:
             meta=meta,
         )
 
-    async def _lock_active(
-        self, transaction: Transaction, account_id: str, key_id: UUID
-    ) -> LockedKey:
-        row = await transaction.lock_key(account_id, key_id)
-        if row is None or row.revoked_at is not None:
-            raise KeyNotFound
-        if row.expires_at is not None and row.expires_at <= transaction.now:
-            raise KeyNotFound
-        return row
-
     async def _check_limit(self, transaction: Transaction, account: LockedAccount) -> None:
         current = await transaction.count_active_keys(account.id)
         # A plan that was taken out of the settings grants what an unknown account has.
@@ -378,25 +384,41 @@ class KeyManager:
         if current >= limit:
             raise PlanLimitReached(plan=account.plan, limit=limit, current=current)
 
-    def _future_in_utc(self, expires_at: datetime) -> datetime:
-        if expires_at.utcoffset() is None:
-            raise InvalidInput(
-                ("expires_at",), "timezone_aware", "The time needs its zone, like 2030-01-01T00:00Z"
-            )
-        try:
-            expires_at = expires_at.astimezone(UTC)
-        except OverflowError:  # before year 1 or after year 9999, seen from UTC
-            raise InvalidInput(
-                ("expires_at",), "datetime_range", "The time is beyond all calendars"
-            ) from None
-        if expires_at <= self._clock.now():
-            raise InvalidInput(("expires_at",), "datetime_future", "The time must be in the future")
-        return expires_at
+
+def future(expires_at: datetime, clock: Clock) -> datetime:
+    """Return *expires_at* in UTC; raise `InvalidInput` unless it is in the future, with a zone."""
+    expires_at = in_utc(expires_at, field="expires_at")
+    if expires_at <= clock.now():
+        raise InvalidInput(("expires_at",), "datetime_future", "The time must be in the future")
+    return expires_at
+
+
+def in_utc(moment: datetime, *, field: str) -> datetime:
+    """Return *moment* in UTC; raise `InvalidInput` naming *field* unless it has a zone."""
+    if moment.utcoffset() is None:
+        raise InvalidInput(
+            (field,), "timezone_aware", "The time needs its zone, like 2030-01-01T00:00Z"
+        )
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # before year 1 or after year 9999, seen from UTC
+        raise InvalidInput((field,), "datetime_range", "The time is beyond all calendars") from None
 
 
 def actor_of(caller: VerifiedKey) -> str:
     """Return how the audit log names a key that acts."""
     return f"api_key:{caller.key_id}"
+
+
+async def _lock_active(transaction: Transaction, account_id: str, key_id: UUID) -> LockedKey:
+    row = await transaction.lock_key(account_id, key_id)
+    if row is None or row.revoked_at is not None:
+        raise KeyNotFound
+    # A rotation that ended the key may be what was waited for, longer than the transaction is old.
+    now = max(transaction.now, row.replaced_at or transaction.now)
+    if row.expires_at is not None and row.expires_at <= now:
+        raise KeyNotFound
+    return row
 
 
 async def _audit(

@@ -27,6 +27,8 @@ from tfm_guard.store import Store
 
 # A change that was not read from the feed.
 _UNNUMBERED: Final = 0
+# The version that a key is created as.
+_FIRST: Final = 1
 
 
 class Known(NamedTuple):
@@ -37,12 +39,23 @@ class Known(NamedTuple):
     suspended: bool
     read_at: float  # the database's time, seconds since 1970
 
+    @property
+    def expired(self) -> bool:
+        """Whether the key had come to its end when it was read."""
+        end = self.entry.expires_at
+        return end is not None and end.timestamp() <= self.read_at
+
 
 class Unproven(NamedTuple):
     """A row with no digest under the current key: its token must prove itself in a slower way."""
 
     row: StoredKey
     beginning: "Beginning"
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the key's account is."""
+        return self.row.suspended_at is not None
 
 
 class Beginning(NamedTuple):
@@ -107,6 +120,8 @@ class KeyReader:
         """Tell whether time alone, or what nobody waits for, may have changed what was found."""
         if found is None:
             return True  # nobody waits until all know of a new key: it may have been made since
+        if found.suspended:
+            return True  # nor until all know that its account was resumed
         expires_at = (found.row if isinstance(found, Unproven) else found.entry).expires_at
         if expires_at is None:
             return False
@@ -242,9 +257,9 @@ class KeyReader:
         """
         entry, remembered = known.entry, self._local.entries.get(prefix.encode())
         changed = remembered is not None and remembered.key != known.key
-        if (entry.revoked or known.suspended or changed) and entry.version > self._freshness.floor(
-            prefix
-        ):
+        ended = entry.revoked or known.suspended or known.expired
+        # What a key was made with, nobody has ever known otherwise.
+        if (ended or changed) and entry.version > max(self._freshness.floor(prefix), _FIRST):
             kind: ChangeKind = "revoked" if entry.revoked else "narrowed"
             self._freshness.apply(Change(_UNNUMBERED, kind, prefix, entry.version))
 

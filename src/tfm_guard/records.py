@@ -2,11 +2,14 @@
 
 import struct
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 from uuid import UUID
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 from starlette.authentication import AuthCredentials
+
+# As the description of the management API has it.
+Moment = Annotated[datetime, Meta(extra_json_schema={"format": "date-time"})]
 
 # What happened to a key, as the feed of changes names it.
 ChangeKind = Literal[
@@ -49,7 +52,7 @@ class AuditRow(Struct, frozen=True, kw_only=True):
     category: str
     meta: dict[str, Any]
     request_id: str | None
-    created_at: datetime
+    created_at: Moment
 
 
 class AuditPage(Struct, frozen=True, kw_only=True):
@@ -167,7 +170,7 @@ UsageRange = Literal["24h", "7d", "30d", "90d"]
 class UsageBucket(Struct, frozen=True, kw_only=True):
     """How many requests of the hour, or the day, from *start* on were *accepted* and *refused*."""
 
-    start: datetime  # UTC
+    start: Moment  # UTC
     accepted: int
     refused: int
 
@@ -385,3 +388,13 @@ class StoredKey(NamedTuple):
     def __repr__(self) -> str:
         # A hash or digest is no secret to guess from, but nothing that ends up in logs needs it.
         return f"StoredKey(prefix={self.prefix!r}, version={self.version})"
+
+
+class Explanation(Struct, frozen=True, kw_only=True):
+    """What there is to say about a token: the key it proves, active or not, and why it is refused.
+
+    *key* is none where it proves no key, *reason* where it is accepted.
+    """
+
+    key: StoredKey | None
+    reason: str | None

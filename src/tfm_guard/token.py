@@ -105,6 +105,11 @@ def is_untagged(token: bytes) -> bool:
     return len(token) in _UNTAGGED_LENGTHS and _is_mark_and_hex(token)
 
 
+def is_prefix(text: str) -> bool:
+    """Tell whether *text* has the form of the prefix of a key."""
+    return len(text) == PREFIX_LENGTH and not text.encode(errors="replace").translate(None, _HEX)
+
+
 def prefix_of(token: bytes) -> str:
     """Return the public prefix of a *token* that has one of the two forms."""
     return token[_PREFIX].decode("ascii")

@@ -21,7 +21,7 @@ from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing
 from tfm_guard.local_cache import Denial, LocalCache, NegativeCache
 from tfm_guard.reader import KeyReader, Known, Unproven
-from tfm_guard.records import Change, StoredKey, VerifiedKey
+from tfm_guard.records import Change, Explanation, StoredKey, VerifiedKey
 from tfm_guard.store import Store
 from tfm_guard.token import (
     DigestKey,
@@ -39,6 +39,9 @@ DEADLINE_SECONDS: Final = 1.0
 # How many digests are stored anew at the same time: writing them must not hold up other writes.
 _RENEWALS: Final = 4
 _SUSPENDED: Final = "account suspended"
+_NO_KEY: Final = "not of the form of a key"
+_UNKNOWN: Final = "unknown prefix"
+_WRONG: Final = "wrong secret"
 
 
 class Verifier:
@@ -98,7 +101,7 @@ class Verifier:
                 self._usage.accept(found.entry.key_id.bytes)
                 return found.key
         else:
-            reason = "unknown prefix" if found is None else "wrong secret"
+            reason = _UNKNOWN if found is None else _WRONG
         raise self._refusal(_denial(reason, _id_of(found)), digest, negative_epoch)
 
     async def holds(self, key: VerifiedKey) -> bool:
@@ -113,12 +116,31 @@ class Verifier:
         async with _deadline():
             found = await self._reader.find(key.key_prefix)
         if isinstance(found, Unproven):
-            return _is_active(found.row) and _covers(found.row.id, found.row.scopes, key)
+            return _why_inactive(found.row) is None and _covers(found.row.id, found.row.scopes, key)
         return (
             found is not None
             and _inactivity(found) is None
             and _covers(found.key.key_id, found.key.scopes, key)
         )
+
+    async def explain(self, token: bytes) -> Explanation:
+        """Return which key *token* proves, be it active or not, and why it is refused, if it is.
+
+        From the database alone, whatever memory and the shared cache know. Raises `Unavailable`.
+        """
+        if not (is_tagged(token) or is_untagged(token)):
+            return Explanation(key=None, reason=_NO_KEY)
+        row = (await self._store.find_keys([prefix_of(token)])).get(prefix_of(token))
+        try:
+            self._check_form(token)
+            reason = None
+        except InvalidToken as refusal:
+            reason = refusal.reason
+        if row is None:
+            return Explanation(key=None, reason=reason or _UNKNOWN)
+        if not await self._is_of(row, token):
+            return Explanation(key=None, reason=reason or _WRONG)
+        return Explanation(key=row, reason=reason or _why_inactive(row))
 
     async def close(self) -> None:
         """Wait until the digests of proven keys are stored, or cannot be."""
@@ -131,7 +153,7 @@ class Verifier:
             if not self._tagger.holds(token):
                 raise InvalidToken("tag does not match")
         elif not (self._accept_untagged and is_untagged(token)):
-            raise InvalidToken("not of the form of a key")
+            raise InvalidToken(_NO_KEY)
 
     def _refusal(self, denial: Denial, digest: bytes, negative_epoch: int) -> InvalidToken:
         # A suspension may end, and then its keys are good at once; the other reasons are for good,
@@ -160,17 +182,20 @@ class Verifier:
         return await asyncio.shield(proof)
 
     async def _prove_once(self, row: StoredKey, token: bytes, digest: bytes) -> bool:
-        known = self._digest_keys.by_id.get(row.digest_key_id or "")
-        if row.digest is not None and known is not None:
-            proven = compare_digest(known.digest(token), row.digest)
-        else:
-            proven = await self._hashing.verify(row.secret_hash, token)
+        proven = await self._is_of(row, token)
         if proven and len(self._renewals) < _RENEWALS:  # else the next proof tries again
             # Not waited for: a database that takes no writes now must not hold up who is proven.
             renewal = asyncio.get_running_loop().create_task(self._renew_digest(row, digest))
             self._renewals.add(renewal)
             renewal.add_done_callback(self._renewals.discard)
         return proven
+
+    async def _is_of(self, row: StoredKey, token: bytes) -> bool:
+        """Tell whether *row* is that of *token*, in whichever way it can be told."""
+        known = self._digest_keys.by_id.get(row.digest_key_id or "")
+        if row.digest is not None and known is not None:
+            return compare_digest(known.digest(token), row.digest)
+        return await self._hashing.verify(row.secret_hash, token)
 
     async def _renew_digest(self, row: StoredKey, digest: bytes) -> None:
         """Store the digest under the newest key, so that nothing slower is needed again."""
@@ -182,7 +207,9 @@ class Verifier:
     def _apply(self, change: Change) -> None:
         self._local.drop(change.prefix.encode())
         self._reader.detach(change.prefix)
-        if change.kind in {"created", "resumed"}:
+        if change.kind not in {"revoked", "suspended"}:
+            # Even one that takes something away may, over the link, overtake the news of the key's
+            # creation, which is then nothing new. What a suspension overtakes, resuming clears.
             self._negative.clear()
 
     def _forget_everything(self) -> None:
@@ -231,7 +258,7 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
             token = value[7:]
             if value.startswith(b"Bearer ") and (is_tagged(token) or is_untagged(token)):
                 usage.refuse(entry.key_id)
-                raise InvalidToken("wrong secret")
+                raise InvalidToken(_WRONG)
             return None
         if not entry.hits:
             note_used(entry)
@@ -270,17 +297,18 @@ def _inactivity(found: Known) -> str | None:
     """Return why a key is not active; none if it is."""
     if found.entry.revoked:
         return "revoked"
-    if found.entry.expires_at is not None and found.entry.expires_at.timestamp() <= found.read_at:
+    if found.expired:
         return "expired"
     return _SUSPENDED if found.suspended else None
 
 
-def _is_active(row: StoredKey) -> bool:
-    return (
-        row.revoked_at is None
-        and row.suspended_at is None
-        and (row.expires_at is None or row.expires_at > row.read_at)
-    )
+def _why_inactive(row: StoredKey) -> str | None:
+    """Return why a key is not active by its row; none if it is."""
+    if row.revoked_at is not None:
+        return "revoked"
+    if row.expires_at is not None and row.expires_at <= row.read_at:
+        return "expired"
+    return _SUSPENDED if row.suspended_at is not None else None
 
 
 def _covers(key_id: UUID, scopes: frozenset[str], key: VerifiedKey) -> bool:

@@ -16,7 +16,14 @@ from tfm_guard.cli import main
 CREATE = ("keys", "create", "--account", "acme", "--name", "CI")
 
 # Commands that use the database, each complete.
-COMMANDS = [CREATE, ("accounts", "set-plan", "acme", "pro"), ("db", "upgrade")]
+COMMANDS = [
+    CREATE,
+    ("keys", "list", "--account", "acme"),
+    ("keys", "revoke", "00112233", "--account", "acme"),
+    ("accounts", "set-plan", "acme", "pro"),
+    ("accounts", "list"),
+    ("db", "upgrade"),
+]
 
 
 def run(url: str | None, *arguments: str, **variables: str) -> Result:

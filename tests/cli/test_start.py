@@ -31,13 +31,27 @@ def test_these_are_the_commands() -> None:
     assert set(every_command(main)) == {
         (),
         ("accounts",),
+        ("accounts", "erase"),
+        ("accounts", "list"),
+        ("accounts", "resume"),
         ("accounts", "set-plan"),
+        ("accounts", "suspend"),
         ("db",),
+        ("db", "check"),
+        ("db", "prune"),
         ("db", "upgrade"),
         ("demo",),
+        ("doctor",),
         ("keys",),
         ("keys", "create"),
+        ("keys", "import"),
+        ("keys", "list"),
+        ("keys", "revoke"),
+        ("keys", "rotate"),
+        ("keys", "show"),
+        ("keys", "verify"),
         ("prove",),
+        ("serve",),
     }
 
 

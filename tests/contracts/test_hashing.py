@@ -1,7 +1,10 @@
 """Facts about argon2id off the event loop."""
 
 import asyncio
+import base64
+import hashlib
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.servers import wait_until
 from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
-from tfm_guard.hashing import PERMITS, QUEUE, Hashing, HashingProfile
+from tfm_guard.hashing import PERMITS, QUEUE, Hashing, HashingProfile, read_hash
 
 CHEAP = HashingProfile(time_cost=1, memory_kib=8, parallelism=1)
 TOKEN = b"tfm_k_00112233445566778899aabbccddeeff0011223344556677"
@@ -139,3 +142,84 @@ async def test_closing_ends_what_was_begun() -> None:
             await hashing.hash(TOKEN)
         assert caught.value.reason == "closed"
     assert counters.hashes == 1 + QUEUE
+
+
+@pytest.mark.parametrize("name", ["sha256", "sha512"])
+async def test_a_fast_hash_proves_its_token_alone(name: str) -> None:
+    """A tagged SHA-256 or SHA-512 is of its token and of no other, and costs no argon2."""
+    counters = Counters()
+    hashing = Hashing(CHEAP, counters)
+    stored = read_hash(hashlib.new(name, TOKEN).hexdigest())
+    assert stored.startswith(f"{name}$")
+    assert await hashing.verify(stored, TOKEN)
+    assert not await hashing.verify(stored, TOKEN[:-1] + b"8")
+    assert not await hashing.verify(stored[:-1], TOKEN)
+    assert not await hashing.verify(stored + "0", TOKEN)
+    assert counters.hashes == 0
+    hashing.close()
+
+
+@given(st.binary(max_size=80), st.binary(max_size=80), st.sampled_from(["sha256", "sha512"]))
+async def test_whatever_is_hashed_is_told_apart(token: bytes, other: bytes, name: str) -> None:
+    """For any two tokens, the hash of one is of the other only if both are the same."""
+    hashing = Hashing(CHEAP, Counters())
+    stored = read_hash(hashlib.new(name, token).hexdigest().upper())
+    assert await hashing.verify(stored, token)
+    assert await hashing.verify(stored, other) == (token == other)
+    hashing.close()
+
+
+@example(f"sha256${'0' * 64}")
+@example("$argon2id$v=19$m=8,t=1,p=1$c2FsdHNhbHRzYWx0$")
+@given(st.text() | st.lists(pieces, max_size=12).map("".join))
+async def test_garbage_is_no_hash(garbage: str) -> None:
+    """What is no hash is refused with a `ValueError`, whatever it is."""
+    with pytest.raises(ValueError, match="argon2"):
+        read_hash(garbage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"salt": b"salt"}, "4 bytes of salt"),
+        ({"salt": b"salt" * 17}, "68 bytes of salt"),
+        ({"hash_len": 15}, "15 of hash"),
+        ({"hash_len": 65}, "65 of hash"),
+        ({"memory": 262_145}, "asks for too much"),
+        ({"memory": 262_144, "time": 3}, "asks for too much"),
+        ({"lanes": 17, "memory": 256}, "asks for too much"),
+        ({"lanes": 2, "memory": 15}, "at least 8 KiB for each lane"),
+        ({"lanes": 0}, "no argon2 PHC string"),
+        ({"kind": "argon2x"}, "no argon2 PHC string"),
+        ({"version": 18}, "no argon2 PHC string"),
+    ],
+)
+def test_an_argon2_hash_out_of_bounds_is_refused(changes: dict[str, Any], expected: str) -> None:
+    """What could not be verified, or proves too little or costs too much, is not taken over."""
+    assert read_hash(phc()) == phc()
+    with pytest.raises(ValueError, match=expected):
+        read_hash(phc(**changes))
+
+
+def phc(
+    *,
+    kind: str = "argon2id",
+    version: int = 19,
+    memory: int = 8,
+    time: int = 1,
+    lanes: int = 1,
+    salt: bytes = b"saltsalt",
+    hash_len: int = 16,
+) -> str:
+    """Return an argon2 hash with these parameters; of no token, very likely."""
+    encoded = [base64.b64encode(part).decode().rstrip("=") for part in (salt, b"h" * hash_len)]
+    return f"${kind}$v={version}$m={memory},t={time},p={lanes}${encoded[0]}${encoded[1]}"
+
+
+def test_base64_that_argon2_cannot_read_is_refused() -> None:
+    """Bits left over that are not zero, which argon2 never verifies, are noticed at once."""
+    good = phc(salt=b"saltsaltsa")
+    assert read_hash(good) == good
+    salt = good.split("$")[-2]
+    with pytest.raises(ValueError, match="0 bytes of salt"):
+        read_hash(good.replace(salt, salt[:-1] + chr(ord(salt[-1]) + 1)))

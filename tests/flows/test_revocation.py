@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from tests.support.guards import (
+    begin_waiting,
     create,
     freshness_of,
     local_of,
@@ -72,14 +73,7 @@ async def begin_revoking(
     guard: Guard, clock: ManualClock, created: CreatedKey
 ) -> "asyncio.Task[Revocation]":
     """Revoke a key through *guard* and return when that is committed and waits for others."""
-    revoking = asyncio.create_task(guard.keys.revoke("acme", created.key.id))
-    # Who sleeps: the caller, who watches the register for it, who is about to read the feed, to
-    # write usage, and to look for signs of trouble.
-    waiting = asyncio.create_task(clock.wait_for_sleepers(5))
-    await asyncio.wait({revoking, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    assert not revoking.done()
-    return revoking
+    return await begin_waiting(clock, guard.keys.revoke("acme", created.key.id))
 
 
 async def has_seen(url: str, guard: Guard, number: int) -> None:

@@ -23,6 +23,8 @@ BACKGROUND = {
     "Verifier._renew_digest",
     "SharedCache._write_fills",
     "Breaker._probe_until_closed",
+    "Usage._flush_for_ever",
+    "Signs._look_for_ever",
 }
 
 

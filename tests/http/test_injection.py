@@ -118,6 +118,19 @@ ELSEWHERE: Final = {
     "http.lifespan.run_lifespan": "no request: the server starts or ends",
     "guard.Guard.open": "Store.open is meant",
     "keys.KeyManager.list": "the type is meant",
+    "accounts.AccountManager.list": "the type is meant",
+    "audit.AuditLog.list": "the type is meant",
+    "keys.KeyManager.get": "a mapping's get is meant",
+    "accounts.AccountManager.get": "a mapping's get is meant",
+    "keys.KeyManager.change": "a change of the feed is meant",
+    "keys.KeyManager.usage": "the counting of usage is meant",
+    "imports.KeyImporter.add": "a set's add is meant",
+    "cli.accounts._run.run": "what is run in a transaction is meant",
+    "accounts.AccountManager._on.run": "the same",
+    "store.usage.read": "Database.read is meant",
+    "usage.Usage.close": "the others' close is meant",
+    "usage.Usage._write": "the shared cache's is meant",
+    "signs.Signs.stop": "it is started last, and so never stopped because opening failed",
     "store.store.Store.upgrade": "the function upgrade is meant",
     "confirmation.Confirmation.wait": "asyncio.wait is meant",
     "freshness.Freshness.poll": "Store.poll is meant",
@@ -152,6 +165,8 @@ ELSEWHERE: Final = {
     "verifier.Verifier._renew_digest": "no request waits for it",
     "shared_cache.SharedCache._write_fills": "no request waits for it",
     "shared_cache.Breaker._probe_until_closed": "no request waits for it",
+    "usage.Usage._flush_for_ever": "no request waits for it",
+    "signs.Signs._look_for_ever": "no request waits for it",
 }
 # Where these requests never wait, and why.
 NEVER: Final = {

@@ -2,85 +2,30 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from itertools import product
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 from uuid import UUID, uuid4
 
 import httpx2
-import msgspec
 import pytest
 from sqlalchemy import insert, select
 from starlette.types import Message
 
+from tests.http.managing import KEYS, Api
 from tests.http.support import Answer, bearer, call, database_gone, http_scope, make_guard
 from tests.support.guards import new_guard, prepare
 from tests.support.postgres import PostgresServer
 from tests.support.proxy import Proxy
 from tests.support.sql import execute
-from tfm_guard import Guard
 from tfm_guard.confirmation import CONFIRM_SECONDS
 from tfm_guard.errors import InsufficientScope, InvalidToken
-from tfm_guard.http.management import CreatedKeyResponse
-from tfm_guard.records import ApiKey
+from tfm_guard.http.messages import CreatedKeyResponse
 from tfm_guard.store import schema
 from tfm_guard.testing import ManualClock
 
-KEYS = "/v1/api-keys/"
 MOMENT = r'"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z"'
 ID = r'"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"'
-
-
-class Api(NamedTuple):
-    """The management API, the guard behind it, and the keys of those who call it."""
-
-    guard: Guard
-    url: str
-    tokens: dict[str, str]
-    keys: dict[str, ApiKey]
-
-    async def call(
-        self,
-        method: str,
-        path: str = KEYS,
-        body: object = b"",
-        *,
-        caller: str = "manager",
-    ) -> Answer:
-        """Call it with the key of *caller*; what is not bytes is sent as JSON."""
-        raw = body if isinstance(body, bytes) else msgspec.json.encode(body)
-        scope = http_scope(method, path, bearer(self.tokens[caller]))
-        answer = await call(self.guard.management_app(), scope, raw)
-        assert answer.header("cache-control") == "no-store"
-        return answer
-
-    async def create(self, **body: Any) -> Answer:
-        """Create a key as the manager."""
-        return await self.call("POST", body=body)
-
-
-@pytest.fixture
-async def api(database_url: str) -> AsyncIterator[Api]:
-    """Serve the management API to two accounts, on each kind of database."""
-    scopes = {
-        "manager": ("acme", ["api-keys:read", "api-keys:write", "send", "domains:read"]),
-        "reader": ("acme", ["api-keys:read"]),
-        "writer": ("acme", ["api-keys:write"]),
-        "sender": ("acme", ["send"]),
-        "other": ("other", ["api-keys:read", "api-keys:write", "send"]),
-    }
-    async with make_guard(database_url) as guard:
-        created = {
-            name: await guard.keys.create(account_id=account, name=name, scopes=granted)
-            for name, (account, granted) in scopes.items()
-        }
-        yield Api(
-            guard,
-            database_url,
-            {name: key.token for name, key in created.items()},
-            {name: key.key for name, key in created.items()},
-        )
 
 
 async def test_creating_answers_as_documented(api: Api) -> None:
@@ -115,7 +60,7 @@ async def test_listing_answers_as_documented(api: Api) -> None:
     row = (
         rf'{{"id":{ID},"name":"\w+","key_prefix":"[0-9a-f]{{8}}","permissions":\[[^]]*\],'
         rf'"is_active":true,"last_used_at":null,"created_at":{MOMENT},"expires_at":null,'
-        rf'"replaced_by":null}}'
+        rf'"replaced_by":null,"status":"never_used"}}'
     )
     assert re.fullmatch(rf"\[{row}(,{row}){{4}}\]", answer.body.decode())
     assert [row["name"] for row in answer.json] == ["CI", "sender", "writer", "reader", "manager"]

@@ -42,6 +42,7 @@ FLOORS = {
     "accounts": 3,
     "audit": 3,
     "signs": 3,
+    "imports": 3,
     "guard": 4,
     "http": 5,
     "cli": 5,

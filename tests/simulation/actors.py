@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tests.simulation.invariants import KeyFacts
 from tfm_guard.errors import GuardError, InvalidToken, KeyNotFound, PlanLimitReached, Unavailable
-from tfm_guard.records import Change
+from tfm_guard.records import Change, CreatedKey
 from tfm_guard.token import RANDOM_BYTES, Tagger
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ T = TypeVar("T")
 ACCOUNTS = ("acme", "umbrella")
 _FEW = 3  # good keys: more are made then
 _HOT = 5  # keys that nearly all requests are about
+_SCOPES = ("send", "domains:read", "webhooks:read", "emails:read")
 
 
 class Actors:
@@ -42,6 +43,8 @@ class Actors:
             self._create,
             self.revoke,
             self.revoke_again,
+            *[self._take] * 2,
+            self._resume,
             self._cancel,
             self._list,
         ]
@@ -127,7 +130,7 @@ class Actors:
         if process is self._world.victim:
             process = self._some_process()
         for _ in range(self._random.choice((1, 1, 2))):
-            self.revoke(process)
+            self._random.choice((self.revoke, self.revoke, self._take))(process)
         if self._random.random() < 0.3:
             self.revoke_again(process)
 
@@ -151,6 +154,25 @@ class Actors:
         if process is not None and begun:
             self._call(process, self._end(process, self._random.choice(begun[-_HOT:])))
 
+    def _take(self, process: "Process | None" = None) -> None:
+        """Have *process*, or some other, take something from a key, or all from an account."""
+        if self._verifying_only:
+            return
+        if process is None or not process.running:
+            process = self._some_process()
+        facts = self._world.oracle.some_remembered_key() or self._some_key()
+        if process is not None and facts is not None:
+            work = self._random.choice((self._change, self._rotate, self._suspend))
+            self._call(process, work(process, facts))
+
+    def _resume(self) -> None:
+        if self._verifying_only:
+            return
+        suspended = [*self._world.database.tables.suspended]
+        process = self._some_process()
+        if process is not None and suspended:
+            self._call(process, self._let_go_on(process, self._random.choice(suspended)))
+
     def _list(self) -> None:
         if (process := self._some_process()) is not None:
             self._call(process, self._look(process))
@@ -168,7 +190,7 @@ class Actors:
         """Ask about a key that is being revoked at the moments that matter."""
         for change in changes:
             facts = self._world.oracle.keys.get(change.prefix)
-            if facts is not None and change.kind == "revoked":
+            if facts is not None and change.kind not in {"created", "renamed"}:
                 seconds = self._random.choice((0.0, 0.01, 0.3, 2.0)) * self._random.random()
                 self._world.timeline.after(seconds, self._verify_everywhere, facts)
 
@@ -240,7 +262,7 @@ class Actors:
             process.next_random = chosen  # what the guard makes its next token of
         try:
             created = await process.guard.keys.create(
-                account_id=account_id, name="a key", expires_at=expires_at
+                account_id=account_id, name="a key", scopes=_SCOPES, expires_at=expires_at
             )
         except PlanLimitReached:
             self._world.count("over the plan")
@@ -248,11 +270,12 @@ class Actors:
             self._judge(process, error)
         else:
             self._world.count("created")
-            token = created.token.encode()
-            facts = self._world.oracle.created(
-                token, created.key, asked_before=token in self._early
-            )
-            self._verify_everywhere(facts)
+            self._take_note(created)
+
+    def _take_note(self, created: CreatedKey) -> None:
+        token = created.token.encode()
+        facts = self._world.oracle.created(token, created.key, asked_before=token in self._early)
+        self._verify_everywhere(facts)
 
     async def _end(self, process: "Process", facts: KeyFacts) -> None:
         try:
@@ -267,6 +290,62 @@ class Actors:
             self._world.count(f"revoked, {done.how}")
         self._world.oracle.returned(facts)
         self._verify_everywhere(facts)
+
+    async def _change(self, process: "Process", facts: KeyFacts) -> None:
+        """Take one scope, or none, which joins the wait for what was taken before; or rename."""
+        kept = self._random.choice((None, facts.scopes_left, *[_less(facts)] * 4))
+        try:
+            await process.guard.keys.change(
+                facts.account_id, facts.key_id, name=f"key {self._world.steps}", scopes=kept
+            )
+        except BaseException as error:  # noqa: BLE001  # it is judged there
+            self._judge(process, error)
+            return
+        self._world.count("renamed" if kept is None else "narrowed")
+        if kept is not None:
+            self._world.oracle.narrowed(facts, kept)
+        self._verify_everywhere(facts)
+
+    async def _rotate(self, process: "Process", facts: KeyFacts) -> None:
+        grace = timedelta(seconds=self._random.choice((0.0, 0.0, 0.3, 2.0)))
+        try:
+            rotated = await process.guard.keys.rotate(facts.account_id, facts.key_id, grace=grace)
+        except BaseException as error:  # noqa: BLE001  # it is judged there
+            self._judge(process, error)
+            return
+        how = "NotConfirmed" if rotated.confirmed is None else rotated.confirmed.how
+        self._world.count("rotated")
+        self._world.count(f"rotated, {how}")
+        if rotated.confirmed is not None:
+            self._world.oracle.rotated(facts)
+        self._take_note(rotated)
+        self._verify_everywhere(facts)
+
+    async def _suspend(self, process: "Process", facts: KeyFacts) -> None:
+        account_id = facts.account_id
+        account = self._world.oracle.accounts[account_id]
+        number = account.suspensions
+        if account.suspended == float("inf"):
+            number += 1  # unless others come first
+        self._world.timeline.after(self._random.uniform(0.1, 3.0), self._resume)
+        try:
+            done = await process.guard.accounts.suspend(account_id)
+        except BaseException as error:  # noqa: BLE001  # it is judged there
+            self._judge(process, error)
+            return
+        self._world.count(f"suspended, {done.how}")
+        self._world.oracle.suspended(account_id, number)
+        self._verify_everywhere(facts)
+
+    async def _let_go_on(self, process: "Process", account_id: str) -> None:
+        try:
+            await process.guard.accounts.resume(account_id)
+        except BaseException as error:  # noqa: BLE001  # it is judged there
+            self._judge(process, error)
+            return
+        self._world.count("resumed")
+        for facts in self._world.oracle.good_keys()[-_HOT:]:
+            self._verify_everywhere(facts)
 
     async def _look(self, process: "Process") -> None:
         try:
@@ -285,3 +364,7 @@ class Actors:
         if isinstance(error, GeneratorExit):
             raise error
         self._world.fail(8, f"{process} raises {error!r}")
+
+
+def _less(facts: KeyFacts) -> frozenset[str]:
+    return frozenset(sorted(facts.scopes_left)[1:])

@@ -16,9 +16,11 @@ from typing import Any, Final, NamedTuple
 from tests.simulation import database, faults
 from tests.simulation.faults import Fault
 from tests.support.servers import ROOT
-from tfm_guard import confirmation, link, shared_cache
+from tfm_guard import confirmation, keys, link, shared_cache
+from tfm_guard.accounts import AccountManager
 from tfm_guard.confirmation import Confirmation, Watch
 from tfm_guard.freshness import Freshness
+from tfm_guard.keys import KeyManager
 from tfm_guard.link import Link, Seals
 from tfm_guard.reader import KeyReader
 from tfm_guard.shared_cache import SharedCache
@@ -179,7 +181,7 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         Verifier, "_apply", "self._local.drop(change.prefix.encode())", "pass"
     ),
     "a created key is not made known": Break(
-        Verifier, "_apply", 'if change.kind == "created":', "if False:"
+        Verifier, "_apply", 'if change.kind not in {"revoked", "suspended"}:', "if False:"
     ),
     "refusals are remembered without a lease": Break(
         Verifier,
@@ -205,7 +207,7 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         KeyReader, "_know_entry", "MAX_AGE_SECONDS - age", "MAX_AGE_SECONDS"
     ),
     "who refused a revoked key may accept it": Break(
-        KeyReader, "_learn", "entry.version > self._freshness.floor(prefix)", "False"
+        KeyReader, "_learn", "(ended or changed)", "False and (ended)"
     ),
     "a row below the floor is believed": Break(
         KeyReader,
@@ -250,6 +252,40 @@ BREAKS: dict[str, Callable[[], Undo]] = {
         "_end_of_trust",
         "unfed if told is None else",
         "self.started + self._wait if told is None else",
+    ),
+    # What else takes something away.
+    "narrowing waits for nobody": Break(
+        KeyManager, "change", "await self._confirmation.wait(changes or [unchanged])", "pass"
+    ),
+    "rotating waits for nobody": Break(
+        KeyManager,
+        "rotate",
+        "await self._confirmation.wait(changes)",
+        "await self._confirmation.wait([])",
+    ),
+    "suspending waits for nobody": Break(
+        AccountManager,
+        "suspend",
+        "self._confirmation.wait([*others, *changes])",
+        "self._confirmation.wait([])",
+    ),
+    "suspending again does not join the wait": Break(
+        AccountManager, "suspend", "wait([*others, *changes])", "wait(changes)"
+    ),
+    "suspending changes no key": Break(
+        AccountManager,
+        "suspend",
+        'await transaction.change_active_keys("suspended", account_id)',
+        "pass",
+    ),
+    "a key of a suspended account is remembered": Break(
+        KeyReader, "_know_row", "if not known.suspended and self", "if self"
+    ),
+    "who joined a read learns late of an account that was resumed": Break(
+        KeyReader, "_may_differ_now", "if found.suspended:", "if False:"
+    ),
+    "a key in its grace is rotated again": Break(
+        keys, "_check_not_replaced", "if row.replaced_by is not None:", "if False:"
     ),
 }
 
@@ -438,10 +474,37 @@ DIRECTED: dict[str, Directed] = {
         "test_a_marked_process_is_told_so_and_waited_for",
         Break(Watch, "_end_of_trust", "worker if worker in self.marked else None", "None"),
     ),
+    "narrowing again does not join the wait": Directed(
+        "tests/flows/test_taking.py",
+        "test_what_cannot_be_shown_is_not_confirmed[sqlite-narrow]",
+        Break(KeyManager, "change", "wait(changes or [unchanged])", "wait(changes)"),
+    ),
+    "what was read of a key that ended is not learned": Directed(
+        "tests/flows/test_taking.py",
+        "test_who_has_read_of_an_end_knows_it[sqlite]",
+        Break(KeyReader, "_learn", "or known.suspended or known.expired", ""),
+    ),
+    "what was read of a key that changed is not learned": Directed(
+        "tests/flows/test_taking.py",
+        "test_who_has_read_of_a_narrowing_knows_it[sqlite]",
+        Break(KeyReader, "_learn", "(ended or changed)", "ended"),
+    ),
+    "a key is rotated in the grace of its predecessor": Directed(
+        "tests/flows/test_rotation.py",
+        "test_one_predecessor_at_a_time[sqlite]",
+        Break(
+            keys,
+            "_check_not_replaced",
+            "if await transaction.has_active_predecessor(row.account_id, row.id):",
+            "if False:",
+        ),
+    ),
 }
 
 # What a search meets only once in some 100,000 steps or more; `make breaks` is for these.
 RARE: Final = {
+    "suspending again does not join the wait",
+    "the register's link is whatever server the URL led to",
     "a created key is not made known",
     "a read of the feed counts from its end",
     "a row below the floor is believed",

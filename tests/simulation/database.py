@@ -70,7 +70,9 @@ class Tables:
     """All that is in a database."""
 
     keys: dict[str, KeyRow] = field(default_factory=dict)  # by prefix
+    as_created: dict[str, KeyRow] = field(default_factory=dict)  # by prefix
     plans: dict[str, str] = field(default_factory=dict)  # by account
+    suspended: dict[str, datetime] = field(default_factory=dict)  # by account: since when
     workers: dict[UUID, WorkerRow] = field(default_factory=dict)
     changes: list[tuple[Change, datetime]] = field(default_factory=list)
     head: int = 0
@@ -106,9 +108,13 @@ class SimTransaction:
         self._number = 0  # of its change, if it was taken before the commit
 
     async def lock_account(self, account_id: str) -> LockedAccount:
-        plans = self._tables.plans
+        plans, suspended = self._tables.plans, self._tables.suspended
         self._effects.append(lambda: plans.update({account_id: plans.get(account_id, "free")}))
-        return LockedAccount(account_id, plans.get(account_id, "free"), None)
+        plan = plans.get(account_id, "free")
+        return LockedAccount(account_id, plan, suspended.get(account_id))
+
+    async def lock_known_account(self, account_id: str) -> LockedAccount | None:
+        return await self.lock_account(account_id) if account_id in self._tables.plans else None
 
     async def set_plan(self, account_id: str, plan: str) -> None:
         self._effects.append(lambda: self._tables.plans.update({account_id: plan}))
@@ -120,7 +126,7 @@ class SimTransaction:
         row = self._tables.key(key_id)
         if row is None or row.account_id != account_id or not is_active(row, self.now):
             return None
-        return row.scopes
+        return None if account_id in self._tables.suspended else row.scopes
 
     async def insert_key(self, key: ApiKey, **columns: Any) -> None:
         if key.key_prefix in self._tables.keys:
@@ -139,6 +145,7 @@ class SimTransaction:
         if self._tables.imports():
             row.digest = row.digest_key_id = None
         self._effects.append(lambda: self._tables.keys.update({row.prefix: row}))
+        self._effects.append(lambda: self._tables.as_created.update({row.prefix: replace(row)}))
         self._pending.append(("created", key.key_prefix, 1))
 
     async def lock_key(self, account_id: str, key_id: UUID) -> LockedKey | None:
@@ -148,10 +155,38 @@ class SimTransaction:
         return LockedKey(*(getattr(row, name) for name in LockedKey._fields))
 
     async def change_key(self, kind: ChangeKind, key: LockedKey, **values: Any) -> None:
-        row = self._tables.keys[key.prefix]
-        values["version"] = key.version + 1
-        self._effects.append(lambda: vars(row).update(values))
-        self._pending.append((kind, key.prefix, key.version + 1))
+        self._change(kind, self._tables.keys[key.prefix], version=key.version + 1, **values)
+
+    def _change(self, kind: ChangeKind, row: KeyRow, *, version: int, **values: Any) -> None:
+        self._effects.append(lambda: vars(row).update(values, version=version))
+        self._pending.append((kind, row.prefix, version))
+
+    def _of(self, account_id: str) -> list[KeyRow]:
+        rows = (row for row in self._tables.keys.values() if row.account_id == account_id)
+        return sorted(rows, key=lambda row: row.prefix)
+
+    async def change_active_keys(self, kind: ChangeKind, account_id: str) -> None:
+        for row in self._of(account_id):
+            if is_active(row, self.now):
+                self._change(kind, row, version=row.version + 1)
+
+    async def states(self, account_id: str, *, kind: ChangeKind) -> list[Change]:
+        rows = (row for row in self._of(account_id) if row.confirmed_at is None)
+        return [Change(self._tables.head, kind, row.prefix, row.version) for row in rows]
+
+    async def suspend_account(self, account_id: str, suspended_at: datetime | None) -> None:
+        suspended = self._tables.suspended
+        if suspended_at is None:
+            self._effects.append(lambda: _drop(suspended, account_id))
+        else:
+            self._effects.append(lambda: suspended.update({account_id: suspended_at}))
+
+    async def has_active_predecessor(self, account_id: str, key_id: UUID) -> bool:
+        rows = self._of(account_id)
+        return any(row.replaced_by == key_id and is_active(row, self.now) for row in rows)
+
+    async def last_used_at(self, key_id: UUID) -> datetime | None:
+        return _moment(self._tables.last_used.get(key_id))
 
     async def head(self) -> int:
         return self._tables.head
@@ -215,12 +250,17 @@ class SimDatabase:
     def find_keys(self, process: "Process", prefixes: Iterable[str]) -> dict[str, StoredKey]:
         rows = [self.tables.keys[prefix] for prefix in prefixes if prefix in self.tables.keys]
         self.last_reads.update((row.prefix, self._timeline.now) for row in rows)
-        return {row.prefix: _stored_key(self._aged(process, row), self.now) for row in rows}
+        return {row.prefix: self._stored(self._aged(process, row)) for row in rows}
 
     def _aged(self, process: "Process", row: KeyRow) -> KeyRow:
         if self.stale and row.version > 1 and process.floor(row.prefix) >= row.version:
-            return replace(row, version=1, revoked_at=None, confirmed_at=None)
+            return self.tables.as_created[row.prefix]
         return row
+
+    def _stored(self, row: KeyRow) -> StoredKey:
+        columns = {name: getattr(row, name) for name in StoredKey._fields if hasattr(row, name)}
+        suspended_at = self.tables.suspended.get(row.account_id)
+        return StoredKey(**columns, suspended_at=suspended_at, read_at=self.now)
 
     def list_keys(self, account_id: str) -> list[ApiKey]:
         rows = (row for row in self.tables.keys.values() if row.account_id == account_id)
@@ -419,11 +459,6 @@ def _at_once(work: Awaitable[T]) -> T:
     raise AssertionError("a transaction waited for something that is no statement of its own")
 
 
-def _stored_key(row: KeyRow, now: datetime) -> StoredKey:
-    columns = {name: getattr(row, name) for name in StoredKey._fields if hasattr(row, name)}
-    return StoredKey(**columns, suspended_at=None, read_at=now)
-
-
 def _api_key(row: KeyRow, last_used: float | None) -> ApiKey:
     return ApiKey(
         id=row.id,
@@ -432,7 +467,15 @@ def _api_key(row: KeyRow, last_used: float | None) -> ApiKey:
         name=row.name,
         scopes=row.scopes,
         created_at=row.created_at,
-        last_used_at=None if last_used is None else datetime.fromtimestamp(last_used, UTC),
+        last_used_at=_moment(last_used),
         expires_at=row.expires_at,
         replaced_by=row.replaced_by,
     )
+
+
+def _drop(values: dict[str, Any], name: str) -> None:
+    values.pop(name, None)
+
+
+def _moment(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -206,6 +206,8 @@ def split(world: "World") -> End:
     others = {(process.name, server) for process in world.processes if process is not lonely}
     pairs = {*others, (lonely.name, "database")}
     how = world.timeline.random.choice((world.network.silent, world.network.refused))
+    if world.database.dialect == "sqlite":
+        how = world.network.refused  # as above
     seconds = 0.0
     if world.timeline.random.random() < 0.5:
         # Just when its link has been lost, and is perhaps there again.
@@ -237,14 +239,16 @@ def isolate_primary(world: "World") -> End:
     old.role = "master"
     deployment.stuck[lonely.name] = old
     silent = {(process.name, old.name) for process in world.processes if process is not lonely}
-    if world.timeline.random.random() < 0.7:
-        silent.add((lonely.name, "database"))
+    cut = {(lonely.name, "database")} if world.timeline.random.random() < 0.7 else set()
+    how = network.refused if world.database.dialect == "sqlite" else network.silent
+    how |= cut
     network.silent |= silent
     for connection in list(old.connections):
         if connection.process is not lonely and world.timeline.random.random() < 0.8:
             connection.reset()
 
     def join_again() -> None:
+        how.difference_update(cut)
         network.silent.difference_update(silent)
         deployment.stuck.pop(lonely.name, None)
         old.role = "slave" if deployment.primary is not old else "master"

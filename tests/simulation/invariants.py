@@ -3,13 +3,15 @@
 The numbers are those of the list in the documentation of the simulation, `README.md` beside this.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
 
+from tests.simulation.database import KeyRow, is_active
 from tests.simulation.timeline import START
 from tfm_guard.bearer import as_headers
 from tfm_guard.errors import InvalidToken
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 # By how much of a second the clock of a process may be wrong about a second.
 _DRIFT = 0.011
 _IDLE_TASKS = 7  # polling, usage, the link's three, and two of what may be going on right now
-_WATCHED = 8  # how many of the keys last revoked are looked for in every memory after every step
+_WATCHED = 8  # how many of the keys last changed are looked for in every memory after every step
+_TAKING = {"revoked", "narrowed", "replaced", "suspended"}
 
 
 class Violation(Exception):
@@ -36,6 +39,26 @@ class Violation(Exception):
 
 
 @dataclass(eq=False)
+class Limit:
+    """What a key may do at most, and until when, from a change on."""
+
+    scopes: frozenset[str]
+    expires: float  # seconds
+    committed: float  # when the change was, in seconds
+    returned: int | None = None  # the step in which it was said to hold everywhere
+
+
+@dataclass(eq=False)
+class AccountFacts:
+    """What is true of an account: how often it was suspended, and since when it is or is not."""
+
+    suspensions: int = 0
+    suspended: float = float("inf")  # when its present suspension was committed, in seconds
+    returned: int | None = None  # the step in which suspending it so returned
+    resumed: float = -1.0  # when it was resumed last, in seconds
+
+
+@dataclass(eq=False)
 class KeyFacts:
     """What is true of one key, whatever any process believes."""
 
@@ -43,12 +66,15 @@ class KeyFacts:
     prefix: str
     key_id: UUID
     account_id: str
+    scopes: frozenset[str]  # at first
     created: int  # the step in which creating it returned
     expires: float  # seconds
+    limits: list["Limit"] = field(default_factory=list)  # what was taken from it, bit by bit
     committed: float = float("inf")  # when its revocation was, in seconds
     returned: int | None = None  # the step in which revoking it returned
     early: float = -1.0  # until when processes may not know of it, having been asked too early
-    refused: dict[str, int] = field(default_factory=dict)  # process to step: first told "revoked"
+    refused: dict[str, int] = field(default_factory=dict)  # process to step: first told it is over
+    successors: int = 0
 
     def __post_init__(self) -> None:
         self.headers = as_headers(self.token)
@@ -58,12 +84,23 @@ class KeyFacts:
     def __repr__(self) -> str:
         return self.prefix
 
+    @property
+    def ends(self) -> float:
+        """When it ends if it is not revoked, in seconds."""
+        return min([self.expires, *(limit.expires for limit in self.limits)])
+
+    @property
+    def scopes_left(self) -> frozenset[str]:
+        """What it may still do."""
+        return self.scopes.intersection(*(limit.scopes for limit in self.limits))
+
 
 class Oracle:
     """Knows every key, and compares what processes answer with it."""
 
     def __init__(self, world: "World") -> None:
         self.keys: dict[str, KeyFacts] = {}
+        self.accounts: defaultdict[str, AccountFacts] = defaultdict(AccountFacts)
         self._watched: list[KeyFacts] = []
         self._world = world
         self._recorded: dict[UUID, int] = {}
@@ -85,7 +122,8 @@ class Oracle:
         expires = float("inf")
         if key.expires_at is not None:
             expires = (key.expires_at - START).total_seconds()
-        facts = KeyFacts(token, key.key_prefix, key.id, key.account_id, self._world.steps, expires)
+        about = token, key.key_prefix, key.id, key.account_id, key.scopes
+        facts = KeyFacts(*about, self._world.steps, expires)
         if asked_before:
             facts.early = self._world.timeline.now + self._stale_after
         facts.digest = self._world.digest_keys.current.digest(token)
@@ -100,14 +138,36 @@ class Oracle:
         if facts.returned is None:
             facts.returned = self._world.steps
 
+    def narrowed(self, facts: KeyFacts, scopes: Iterable[str]) -> None:
+        """Note that narrowing a key to *scopes* has returned: it can do no more, anywhere."""
+        limit = Limit(frozenset(scopes), facts.expires, self._world.timeline.now)
+        limit.returned = self._world.steps
+        facts.limits.append(limit)
+
+    def rotated(self, facts: KeyFacts) -> None:
+        """Note that rotating a key has returned, and said that its end is known everywhere."""
+        row = self._world.database.tables.keys[facts.prefix]
+        if row.replaced_by is None:
+            self._world.fail(14, f"rotating {facts} returned, and nothing replaces it")
+        for limit in facts.limits:
+            if limit.expires == self._end_of(row):
+                limit.returned = limit.returned or self._world.steps
+
+    def suspended(self, account_id: str, suspension: int) -> None:
+        """Note that the account's suspension with that number, if it still lasts, is in force."""
+        facts = self.accounts[account_id]
+        lasts = facts.suspended < float("inf") and facts.suspensions == suspension
+        if lasts and facts.returned is None:
+            facts.returned = self._world.steps
+
     def accepted(
         self, process: "Process", facts: KeyFacts, key: VerifiedKey, began: int, at: float
     ) -> None:
         """Check that a verification that began in that step, then, was right to accept."""
-        self._check_lawful(process, facts, began, at)
+        self._check_lawful(process, facts, key, began, at)
         row = self._world.database.tables.keys[facts.prefix]
         same = (key.key_id, key.key_prefix, key.account_id) == (row.id, row.prefix, row.account_id)
-        if not same or not key.scopes <= row.scopes or key.record[:16] != facts.digest:
+        if not same or not key.scopes <= facts.scopes or key.record[:16] != facts.digest:
             self._world.fail(6, f"{process} accepts {facts} as {key!r}")
 
     def refused(
@@ -122,10 +182,12 @@ class Oracle:
     ) -> None:
         """Check that a verification that began in that step, then, was right to refuse."""
         now = self._world.timeline.now
-        good = facts.created < began and facts.committed > now and facts.expires > now + 1.0
+        good = facts.created < began and facts.committed > now and facts.ends > now + 1.0
+        account = self.accounts[facts.account_id]
+        good = good and account.suspended > now and account.resumed < at
         if good and not (from_memory and reason == "unknown prefix" and at <= facts.early):
             self._world.fail(9, f"{process} refuses {facts}, which is good, as {reason}")
-        if reason == "revoked":
+        if reason in {"revoked", "expired"}:
             facts.refused.setdefault(process.name, self._world.steps)
 
     def accepted_unknown(self, process: "Process", token: bytes) -> None:
@@ -144,8 +206,9 @@ class Oracle:
                 continue
             entries = parts.verifier._local.entries  # noqa: SLF001
             for facts in self._watched:
-                if facts.name in entries and self._would_accept(process, facts):
-                    self._check_lawful(process, facts, world.steps + 1, world.timeline.now)
+                if facts.name in entries and (key := self._recalled(process, facts)):
+                    now = world.timeline.now
+                    self._check_lawful(process, facts, key, world.steps + 1, now)
 
     def check_bounds(self) -> None:
         """Check that nothing piles up."""
@@ -161,10 +224,11 @@ class Oracle:
             if process.parts is None:
                 self._world.fail(19, f"{process} is not open")
                 continue
-            row = tables.workers.get(process.freshness.worker_id)
-            if row is None or row.seen != tables.head:
-                self._world.fail(19, f"{process} is at {row} of {tables.head}")
             freshness = process.freshness
+            # What it writes of that into the register may have been lost just before.
+            seen = freshness._seen  # noqa: SLF001
+            if freshness.worker_id not in tables.workers or seen != tables.head:
+                self._world.fail(19, f"{process} is at {seen} of {tables.head}")
             silence = process.clock.monotonic() - freshness._heard  # noqa: SLF001
             linked = freshness._link_counts and silence < self._world.installation.lease  # noqa: SLF001
             if self._world.with_redis and not linked:
@@ -196,33 +260,94 @@ class Oracle:
     def good_keys(self) -> list[KeyFacts]:
         """Return the keys that are good, and for some time to come."""
         later = self._world.timeline.now + 5.0
-        return [f for f in self.keys.values() if f.committed > later and f.expires > later]
+        return [
+            facts
+            for facts in self.keys.values()
+            if facts.committed > later
+            and facts.ends > later
+            and self.accounts[facts.account_id].suspended > later
+        ]
 
-    def _would_accept(self, process: "Process", facts: KeyFacts) -> bool:
+    def _recalled(self, process: "Process", facts: KeyFacts) -> VerifiedKey | None:
         try:
-            return process.guard.recall(facts.headers) is not None
+            return process.guard.recall(facts.headers)
         except InvalidToken:
-            return False
+            return None
 
-    def _check_lawful(self, process: "Process", facts: KeyFacts, began: int, at: float) -> None:
+    def _check_lawful(
+        self, process: "Process", facts: KeyFacts, key: VerifiedKey, began: int, at: float
+    ) -> None:
         world = self._world
         if facts.returned is not None and began > facts.returned:
             world.fail(1, f"{process} accepts {facts} after revoking it returned")
         if facts.refused.get(process.name, began) < began:
-            world.fail(2, f"{process} accepts {facts} again after it refused it as revoked")
+            world.fail(2, f"{process} accepts {facts} again after it refused it as over")
         if at > facts.committed + self._stale_after:
             world.fail(5, f"{process} accepts {facts} longer than the lease after its revocation")
         if at > facts.expires + 0.06:
             world.fail(7, f"{process} accepts {facts} after its expiry")
+        for limit in facts.limits:
+            if self._is_known(limit.committed, limit.returned, began, at):
+                self._check_limit(process, facts, key, limit, at)
+        account = self.accounts[facts.account_id]
+        if self._is_known(account.suspended, account.returned, began, at):
+            world.fail(7, f"{process} accepts {facts} although its account is suspended")
+
+    def _is_known(self, committed: float, returned: int | None, began: int, at: float) -> bool:
+        """Tell whether every process must know of a change by the time a verification begins."""
+        return (returned is not None and began > returned) or at > committed + self._stale_after
+
+    def _check_limit(
+        self, process: "Process", facts: KeyFacts, key: VerifiedKey, limit: Limit, at: float
+    ) -> None:
+        if not key.scopes <= limit.scopes:
+            removed = ", ".join(sorted(key.scopes - limit.scopes))
+            self._world.fail(7, f"{process} grants {facts} what it has lost: {removed}")
+        if at > limit.expires + 0.06:
+            self._world.fail(7, f"{process} accepts {facts} after its end, which was moved nearer")
 
     def _committed(self, changes: list[Change]) -> None:
         now = self._world.timeline.now
         for change in changes:
             facts = self.keys.get(change.prefix)
-            if change.kind == "revoked" and facts is not None:
+            if facts is None:
+                continue
+            if change.kind == "revoked":
                 facts.committed = min(facts.committed, now)
+            elif change.kind in {"narrowed", "replaced"}:
+                row = self._world.database.tables.keys[change.prefix]
+                facts.limits.append(Limit(row.scopes, self._end_of(row), now))
+            if change.kind in _TAKING:
                 self._watched = [*self._watched[1 - _WATCHED :], facts]
+            if change.kind == "replaced":
+                self._check_chain(facts)
+        self._note_suspensions()
         self._check_plans()
+
+    def _note_suspensions(self) -> None:
+        tables, now = self._world.database.tables, self._world.timeline.now
+        for account_id in tables.plans:
+            facts = self.accounts[account_id]
+            was, is_now = facts.suspended < float("inf"), account_id in tables.suspended
+            if is_now and not was:
+                facts.suspensions += 1
+                facts.suspended, facts.returned = now, None
+            elif was and not is_now:
+                facts.suspended, facts.returned, facts.resumed = float("inf"), None, now
+
+    def _check_chain(self, facts: KeyFacts) -> None:
+        """Check that a key that was just replaced has no predecessor that works on."""
+        tables, now = self._world.database.tables, self._world.database.now
+        facts.successors += 1
+        if facts.successors > 1:
+            self._world.fail(14, f"{facts} was replaced {facts.successors} times")
+        for row in tables.keys.values():
+            if row.replaced_by == facts.key_id and is_active(row, now):
+                self._world.fail(14, f"{facts} is replaced in the grace of {row.prefix}")
+
+    @staticmethod
+    def _end_of(row: KeyRow) -> float:
+        return float("inf") if row.expires_at is None else (row.expires_at - START).total_seconds()
 
     def _check_plans(self) -> None:
         tables = self._world.database.tables

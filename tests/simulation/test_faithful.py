@@ -52,7 +52,8 @@ class Questions:
         """Return one question, to be asked of each store."""
         asked = (self._create, self._create, self._revoke, self._manage, self._look, self._poll)
         others = (self._register, self._strike_off, self._mark, self._use)
-        return self._random.choice((*asked, *others))()
+        managing = (self._take, self._take, self._suspend)
+        return self._random.choice((*asked, *others, *managing))()
 
     def _create(self) -> Callable[[Any], Awaitable[Any]]:
         key = ApiKey(
@@ -103,6 +104,44 @@ class Questions:
         async def work(transaction: Any) -> Any:
             await transaction.lock_account(account_id)
             await transaction.set_plan(account_id, plan)
+
+        return lambda store: store.transact(work)
+
+    def _take(self) -> Callable[[Any], Awaitable[Any]]:
+        prefix, account_id = self._random.choice(PREFIXES), self._random.choice(ACCOUNTS)
+        successor = UUID(int=self._random.randrange(2))
+        replaced: dict[str, Any] = {"replaced_by": successor, "replaced_at": LONG_AGO}
+        replaced["expires_at"] = self._random.choice((LONG_AGO, FAR_OFF, FAR_OFF))
+        narrowed: dict[str, Any] = {"scopes": frozenset(), "name": "less"}
+        kind, values = self._random.choice((("replaced", replaced), ("narrowed", narrowed)))
+
+        async def take(store: Any) -> Any:
+            row = (await store.find_keys([prefix])).get(prefix)
+            key_id = UUID(int=0) if row is None else row.id
+
+            async def work(transaction: Any) -> Any:
+                found = await transaction.lock_key(account_id, key_id)
+                pair = await transaction.has_active_predecessor(account_id, successor)
+                if found is not None:
+                    await transaction.change_key(kind, found, **values)
+                return found, pair, await transaction.last_used_at(key_id)
+
+            return await store.transact(work)
+
+        return take
+
+    def _suspend(self) -> Callable[[Any], Awaitable[Any]]:
+        account_id = self._random.choice(ACCOUNTS)
+        kind = self._random.choice(("suspended", "resumed"))
+
+        async def work(transaction: Any) -> Any:
+            account = await transaction.lock_known_account(account_id)
+            states = await transaction.states(account_id, kind=kind)
+            if account is not None:
+                since = transaction.now if kind == "suspended" else None
+                await transaction.suspend_account(account_id, since)
+                await transaction.change_active_keys(kind, account_id)
+            return account, states
 
         return lambda store: store.transact(work)
 

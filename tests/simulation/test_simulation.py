@@ -25,6 +25,10 @@ MET = (
     "revoked, lease",
     "revoked before",
     "NotConfirmed",
+    "narrowed",
+    "rotated",
+    "suspended, acknowledged",
+    "resumed",
 )
 
 

@@ -26,7 +26,7 @@ from tfm_guard.token import DigestKeys
 
 _LEASE = 0.5  # seconds; other times that belong to it are shortened as much
 _MAX_AGE = 4.0  # seconds that an entry counts: not ten minutes, so that some grow old
-_QUIET_SECONDS = 5.0
+_QUIET_SECONDS = 6.0  # a write that was lost just before is given up after 5
 _RECOVERING = 0.2  # how many worlds are healed at their end
 _REMEMBERED = 60  # events that are shown of a world that went wrong
 

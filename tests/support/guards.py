@@ -1,9 +1,9 @@
 """Guards whose moments are the test's: they read the feed when told to, and never by themselves."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import pytest
@@ -20,8 +20,10 @@ from tfm_guard.records import CreatedKey
 from tfm_guard.settings import Settings
 from tfm_guard.shared_cache import SharedCache
 from tfm_guard.store import Installation, Store, schema
-from tfm_guard.testing import CHEAP_HASHING
+from tfm_guard.testing import CHEAP_HASHING, ManualClock
 from tfm_guard.token import Tagger
+
+T = TypeVar("T")
 
 LONG = 1_000_000.0  # seconds
 
@@ -167,6 +169,21 @@ async def written(shared: SharedCache) -> None:
 async def until(condition: Callable[[], bool], *, what: str) -> None:
     """Return once *condition*, about something outside this event loop's turn, holds."""
     await asyncio.to_thread(wait_until, condition, what=what)
+
+
+async def begin_waiting(clock: ManualClock, call: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    """Begin a *call* that changes a key; return when that is committed and waits for others.
+
+    *clock* is that of the guard, which is settled.
+    """
+    task = asyncio.create_task(call)
+    # Who sleeps: the caller, who watches the register for it, who is about to read the feed, to
+    # write usage, and to look for signs of trouble.
+    waiting = asyncio.create_task(clock.wait_for_sleepers(5))
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    assert not task.done()
+    return task
 
 
 async def revoke(guard: Guard, created: CreatedKey, *others: Guard) -> None:

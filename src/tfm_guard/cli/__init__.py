@@ -9,9 +9,11 @@ from tfm_guard import __version__
 from tfm_guard.cli.accounts import accounts
 from tfm_guard.cli.database import db
 from tfm_guard.cli.demo import demo
+from tfm_guard.cli.doctor import doctor
 from tfm_guard.cli.failures import Program
 from tfm_guard.cli.keys import keys
 from tfm_guard.cli.prove import prove
+from tfm_guard.cli.serve import serve
 
 __all__ = ["main"]
 
@@ -29,8 +31,8 @@ It is read from the environment alone, as it may hold a password:
     epilog="""\b
 Exit codes:
   0  done
-  1  refused or failed; stderr says why
-  2  the command line could not be read
+  1  refused or failed, in whole or in part; stderr says why
+  2  the command line could not be read, or has a token in it
   3  cannot be done, or be shown, now; try again
   4  prove: a deleted key was accepted, or a valid one refused
 130  ended by Ctrl-C before it was done
@@ -41,5 +43,5 @@ def main() -> None:
     """Manage API keys: the words for `--help` stand above."""
 
 
-for command in (accounts, db, demo, keys, prove):
+for command in (accounts, db, demo, doctor, keys, prove, serve):
     main.add_command(command)

@@ -1,8 +1,22 @@
 """`tfm-guard db`."""
 
 import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
 
 import click
+
+from tfm_guard.cli.failures import Failure
+from tfm_guard.cli.tables import print_json
+
+if TYPE_CHECKING:
+    from tfm_guard.store import Store
+
+# For so long the audit log is shown.
+_SHOWN_DAYS: Final = 90
 
 
 @click.group()
@@ -25,7 +39,90 @@ def upgrade() -> None:
         click.echo(f"The tables were upgraded from revision {before} to {after}.", err=True)
 
 
+@db.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(*, as_json: bool) -> None:
+    """Check that what is in the tables can be so.
+
+    Among others: that the tables are of this release, the feed of changes has no gap and ends at
+    its head, each rotated key has one successor, and no key of an erased account is active. Changes
+    nothing. The exit code is 1 if something cannot be so.
+    """
+    faults = asyncio.run(_check())
+    if as_json:
+        print_json({"faults": faults})
+    if faults:
+        raise Failure(*faults)
+    click.echo("Nothing wrong was found.", err=True)
+
+
+@db.command()
+@click.option(
+    "--audit-days",
+    type=click.IntRange(_SHOWN_DAYS, 36_500),
+    default=365,
+    show_default=True,
+    help="How long to keep the audit log.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def prune(audit_days: int, *, as_json: bool) -> None:
+    """Remove what is needed no more. Run it daily.
+
+    That is: each change of a key that every process has long applied, older than 20 minutes, twice
+    as long as anything is remembered; the use of keys longer than 92 days ago; and the audit log,
+    as far as it is older than you keep it. Keys stay, revoked ones too: their prefixes are taken
+    for good.
+    """
+    removed = asyncio.run(_prune(timedelta(days=audit_days)))
+    if as_json:
+        print_json(removed)
+    told = ", ".join(f"{count} of {what}" for what, count in removed.items())
+    click.echo(f"Removed rows: {told}.", err=True)
+
+
+@asynccontextmanager
+async def existing_store() -> AsyncIterator["Store"]:
+    """Open the database as it is; nothing is made if it is not there, or empty."""
+    from tfm_guard.clock import SystemClock
+    from tfm_guard.settings import Settings
+    from tfm_guard.store import Store
+
+    settings = Settings.load(os.environ)
+    store = Store(settings.database_url, pool_size=1, clock=SystemClock())
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def _require_tables(store: "Store") -> None:
+    found = await store.look()
+    if found is None or found.revision is None:
+        raise Failure(
+            "there are no tables in the database; they are made when it is first used, "
+            "or by: tfm-guard db upgrade"
+        )
+
+
 async def _upgrade() -> tuple[str | None, str]:
     from tfm_guard import Guard
 
     return await Guard.from_environment().upgrade_schema()
+
+
+async def _check() -> list[str]:
+    async with existing_store() as store:
+        await _require_tables(store)
+        return await store.find_faults()
+
+
+async def _prune(audit_age: timedelta) -> dict[str, int]:
+    from tfm_guard.freshness import FLOOR_SECONDS
+
+    async with existing_store() as store:
+        await _require_tables(store)
+        return {
+            "changes": await store.prune_changes(timedelta(seconds=FLOOR_SECONDS)),
+            "usage": await store.prune_usage(),
+            "audit": await store.prune_audit(audit_age),
+        }

@@ -34,6 +34,10 @@ _LASTING: Final = re.compile(
 )
 
 
+# The mark of a token, and more hexadecimal digits than its public prefix has.
+_TOKEN: Final = re.compile(r"tfm_k_[0-9a-fA-F]{12}")
+
+
 class Failure(click.ClickException):
     """The command did not succeed; *lines* say why and what to do, without anything secret."""
 
@@ -67,6 +71,16 @@ class Program(click.Group):
                 click.echo(f"tfm-guard: {error.strerror or error}", err=True)
             sys.exit(Failure.exit_code)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Before anything else is said about them, which might quote it.
+        if any(_TOKEN.search(argument) for argument in args):
+            raise click.UsageError(
+                "A key was given on the command line, where every user of this machine can read "
+                "it, and where shells keep it in their history: rotate or revoke it. Keys are "
+                "read from stdin."
+            )
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -95,7 +109,7 @@ def failure(error: GuardError) -> Failure:
     if isinstance(error, Unavailable):
         return _unavailable(error)
     if isinstance(error, Refusal):
-        return Failure(error.message)
+        return (NotNow if error.retryable else Failure)(error.message)
     return Failure(str(error))
 
 

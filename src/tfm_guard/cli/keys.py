@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -10,12 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from tfm_guard.cli.failures import Failure, naming, silence_stdout
+from tfm_guard.cli.failures import Failure, naming
+from tfm_guard.cli.import_keys import import_
+from tfm_guard.cli.key_views import json_option, list_, show, verify
+from tfm_guard.cli.new_tokens import print_token, require_stdout
+from tfm_guard.cli.revoking import revoke
+from tfm_guard.cli.rotating import rotate
 from tfm_guard.clock import SystemClock
-from tfm_guard.errors import Refusal
 
 if TYPE_CHECKING:
-    from tfm_guard.guard import Guard
     from tfm_guard.records import ApiKey
 
 _UNITS: Final = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -58,7 +60,11 @@ class Moment(click.ParamType[datetime]):
 
 @click.group()
 def keys() -> None:
-    """Create API keys."""
+    """Create, import, list, verify, rotate and revoke API keys."""
+
+
+for command in (import_, list_, revoke, rotate, show, verify):
+    keys.add_command(command)
 
 
 @keys.command()
@@ -74,12 +80,15 @@ def keys() -> None:
 )
 @click.option("--expires-in", type=Duration(), help="How long it works, like 12h, 90d or 8w.")
 @click.option("--expires-at", type=Moment(), help="Until when it works, like 2030-01-31T12:00Z.")
+@json_option
 def create(
     account: str,
     name: str,
     scopes: tuple[str, ...],
     expires_in: datetime | None,
     expires_at: datetime | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Create a key and print its token, which is shown this once.
 
@@ -88,21 +97,26 @@ def create(
     """
     if expires_in and expires_at:
         raise click.UsageError("Give --expires-in or --expires-at, not both.")
-    if sys.stdout is None:  # closed by who started the program
-        raise Failure("stdout is closed, and the token would be lost; no key was created")
+    require_stdout()
     with _naming_options(scopes):
-        key = asyncio.run(_create(account, name, scopes, expires_in or expires_at))
-    until = f", expires {key.expires_at:%Y-%m-%d %H:%M %Z}" if key.expires_at else ""
+        until = expires_in or expires_at
+        key = asyncio.run(_create(account, name, scopes, until, as_json=as_json))
+    ends = f", expires {key.expires_at:%Y-%m-%d %H:%M %Z}" if key.expires_at else ""
     click.echo(
         f'Created the key "{key.name}" ({key.key_prefix}) of account "{account}": '
-        f"{' '.join(sorted(key.scopes))}{until}.\n"
+        f"{' '.join(sorted(key.scopes))}{ends}.\n"
         "Keep its token now: it is not shown again.",
         err=True,
     )
 
 
 async def _create(
-    account: str, name: str, scopes: tuple[str, ...], expires_at: datetime | None
+    account: str,
+    name: str,
+    scopes: tuple[str, ...],
+    expires_at: datetime | None,
+    *,
+    as_json: bool,
 ) -> "ApiKey":
     from tfm_guard.guard import Guard
 
@@ -114,25 +128,8 @@ async def _create(
             expires_at=expires_at,
             actor="command_line",
         )
-        try:
-            click.echo(created.token)  # and flushes
-        except OSError as error:
-            silence_stdout()
-            cause = f"the token could not be written to stdout: {error.strerror}"
-            raise Failure(cause, await _take_back(guard, created.key)) from error
+        await print_token(guard, created, as_json=as_json)
         return created.key
-
-
-async def _take_back(guard: "Guard", key: "ApiKey") -> str:
-    """Revoke a key whose token is lost; return what to tell."""
-    try:
-        await guard.keys.revoke(key.account_id, key.id, actor="command_line")
-    except Refusal as refusal:
-        return (
-            f"the key {key.key_prefix} of account {key.account_id} exists, and could not be "
-            f"revoked: {refusal.reason}; revoke it"
-        )
-    return f"the key {key.key_prefix} was revoked again"
 
 
 @contextmanager

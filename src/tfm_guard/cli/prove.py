@@ -2,7 +2,6 @@
 
 import json
 import ssl
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,12 +11,13 @@ from typing import Any, Final
 import click
 
 from tfm_guard.cli.connection import KEYS_PATH, Address, is_visible_ascii
-from tfm_guard.cli.failures import INTERRUPTED, Failure, NotNow
+from tfm_guard.cli.failures import Failure, NotNow
 from tfm_guard.cli.findings import Deletion, Findings, Verdict, find, in_words, judge
 from tfm_guard.cli.probe import Access, Crowd, probe_key
 from tfm_guard.cli.signals import enter, take_signals
+from tfm_guard.cli.tables import print_table
+from tfm_guard.cli.tokens import read_token
 
-_MOST_READ: Final = 1000  # bytes; a token has 54
 _COLUMNS: Final = (
     "address",
     "connections",
@@ -100,7 +100,12 @@ def prove(
     not be shown. The key that was created is deleted in any case.
     """
     addresses = tuple(dict.fromkeys(addresses))
-    access = Access(addresses, _read_token(), path, ssl.create_default_context())
+    access = Access(
+        addresses,
+        read_token("Managing key", "that of a managing key", "tfm-guard prove ADDRESS"),
+        path,
+        ssl.create_default_context(),
+    )
     click.echo(f"Asking GET {path} over {connections} connections to each address …", err=True)
     with ExitStack() as undo:
         take_signals(undo)
@@ -122,27 +127,6 @@ def prove(
         raise NotNow("it could not be shown that the guarantee holds", *reasons)
     if not as_json:
         _print_that_it_held(found, seconds)
-
-
-def _read_token() -> str:
-    """Return the managing key's token, from a terminal unseen, else from stdin."""
-    if sys.stdin is None:  # closed by who started the program
-        raise Failure("stdin is closed; give the managing key's token there")
-    if sys.stdin.isatty():
-        try:
-            text = click.prompt("Managing key", hide_input=True, err=True)
-        except click.Abort:
-            raise click.exceptions.Exit(INTERRUPTED) from None
-    else:
-        # What is not UTF-8 is no token either, and told like that.
-        text = sys.stdin.buffer.read(_MOST_READ).decode(errors="replace")
-    token = str(text).strip()
-    if not is_visible_ascii(token):
-        raise Failure(
-            "stdin: expected one token, that of a managing key, and nothing else",
-            "give it like this: tfm-guard prove ADDRESS < token.txt",
-        )
-    return token
 
 
 def _findings(crowd: Crowd, address: Address, deletion: Deletion) -> Findings:
@@ -176,12 +160,7 @@ def _print(found: Sequence[Findings], deletion: Deletion) -> None:
     taken = _seconds_to_return(deletion)
     how = "did not return" if taken is None else f"returned after {_milliseconds(taken)}"
     click.echo(f"DELETE {how}; answered: {', '.join(deletion.answers)}\n")
-    rows = [_COLUMNS, *(_cells(one) for one in found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        click.echo("  ".join(cells))
+    print_table(_COLUMNS, [_cells(one) for one in found], numbers=True)
     click.echo("\nTimes count from the sending of DELETE, before and after from its return.")
     for one in found:
         for whose, unclear in (

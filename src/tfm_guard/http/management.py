@@ -1,14 +1,13 @@
 """The management API: `/v1/api-keys/`, as programs and people manage the keys of an account."""
 
-import contextlib
 import re
-from collections.abc import Awaitable, Callable, Iterator
-from datetime import datetime, timedelta
-from typing import Annotated, Any, Final, NamedTuple, TypeVar
-from uuid import UUID
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection, Request
@@ -18,97 +17,40 @@ from starlette.types import Receive, Scope, Send
 
 from tfm_guard.errors import (
     InsufficientScope,
-    InvalidInput,
+    InvalidToken,
+    KeyNotFound,
     MissingCredentials,
     NotAllowed,
     Refusal,
+    Unavailable,
 )
 from tfm_guard.guard import Guard
-from tfm_guard.http.middleware import APIKeyMiddleware
+from tfm_guard.http.messages import (
+    AuditQuery,
+    ChangeKeyRequest,
+    CreatedKeyResponse,
+    CreateKeyRequest,
+    KeyRow,
+    RotatedKeyResponse,
+    RotateKeyRequest,
+    UsageQuery,
+    fields_of_body,
+    read_body,
+    read_key_id,
+    read_query,
+)
+from tfm_guard.http.middleware import APIKeyMiddleware, route_path
+from tfm_guard.http.openapi import describe
 from tfm_guard.http.persons import Identify, check_origin
 from tfm_guard.http.refusals import RefusalResponse, send_refusal
-from tfm_guard.keys import DEFAULT_GRACE, MAXIMUM_GRACE, actor_of
-from tfm_guard.records import Actor, ApiKey, CreatedKey, VerifiedKey
-from tfm_guard.scopes import DEFAULT_SCOPES
+from tfm_guard.keys import actor_of
+from tfm_guard.records import Actor, ApiKey, VerifiedKey
 
-T = TypeVar("T", bound=Struct)
-
-MAXIMUM_BODY_BYTES: Final = 65_536
-_DEFAULT_GRACE_SECONDS: Final = int(DEFAULT_GRACE.total_seconds())
-_MAXIMUM_GRACE_SECONDS: Final = int(MAXIMUM_GRACE.total_seconds())
+# The description of the API holds no secret, and is read before there is a key.
+DESCRIPTION_PATH: Final = "/v1/openapi.json"
 
 # Of X-Request-ID, what the audit log takes: printable ASCII.
 _REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
-
-# How msgspec's messages about a field as such begin, and FastAPI's type and message for the same.
-_FIELD_FAULTS: Final = (
-    ("Object missing required field ", "missing", "Field required"),
-    ("Object contains unknown field ", "extra_forbidden", "Extra inputs are not permitted"),
-)
-
-
-class CreateKeyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of `POST /v1/api-keys/`."""
-
-    name: str
-    permissions: list[str] = msgspec.field(default_factory=lambda: list(DEFAULT_SCOPES))
-    expires_at: datetime | None = None
-
-
-class ChangeKeyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of `PATCH /v1/api-keys/{id}`: a new name, the scopes that the key keeps, or both."""
-
-    name: str | UnsetType = UNSET
-    permissions: list[str] | UnsetType = UNSET
-
-
-class RotateKeyRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """The body of `POST /v1/api-keys/{id}/rotate`."""
-
-    grace_seconds: Annotated[int, Meta(ge=0, le=_MAXIMUM_GRACE_SECONDS)] = _DEFAULT_GRACE_SECONDS
-
-
-class CreatedKeyResponse(Struct, kw_only=True):
-    """What `POST /v1/api-keys/` answers: like rotating, a place where a token appears."""
-
-    id: UUID
-    name: str
-    key: str
-    key_prefix: str
-    permissions: list[str]
-    created_at: datetime
-    expires_at: datetime | UnsetType = UNSET
-
-    def __repr__(self) -> str:
-        return f"CreatedKeyResponse(key_prefix={self.key_prefix!r})"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        return [("key_prefix", self.key_prefix)]
-
-
-class RotatedKeyResponse(CreatedKeyResponse, kw_only=True):
-    """What rotating a key answers.
-
-    *confirmed* is false if some process may not know yet when the key that this one *replaces*
-    ends. Deleting that one waits for it.
-    """
-
-    replaces: UUID
-    confirmed: bool
-
-
-class KeyRow(Struct, kw_only=True):
-    """A key in the list of `GET /v1/api-keys/`."""
-
-    id: UUID
-    name: str
-    key_prefix: str
-    permissions: list[str]
-    is_active: bool
-    last_used_at: datetime | None
-    created_at: datetime
-    expires_at: datetime | None
-    replaced_by: UUID | None
 
 
 class NotFound(Refusal):
@@ -123,13 +65,6 @@ class MethodNotAllowed(Refusal):
 
     code = "method_not_allowed"
     status = 405
-
-
-class BodyTooLarge(Refusal):
-    """The request body is longer than any that makes sense here."""
-
-    code = "body_too_large"
-    status = 413
 
 
 class Caller(NamedTuple):
@@ -156,6 +91,9 @@ class ManagementApp:
             _route(f"{keys}self/revoke", POST=self._revoke_self),
             _route(key, PATCH=self._change, DELETE=self._delete),
             _route(f"{key}/rotate", POST=self._rotate),
+            _route(f"{key}/usage", GET=self._usage),
+            _route("/v1/audit-log", GET=self._audit_log),
+            _route(DESCRIPTION_PATH, GET=self._describe),
         ]
         self._app = Starlette(
             routes=routes,
@@ -163,13 +101,16 @@ class ManagementApp:
         )
         # The trailing slash is part of the path: clients do not follow a redirect of a POST.
         self._app.router.redirect_slashes = False
-        self._app_for_keys = APIKeyMiddleware(self._app, guard=guard)
+        self._app_for_keys = APIKeyMiddleware(self._app, guard=guard, exempt=(DESCRIPTION_PATH,))
 
     def __repr__(self) -> str:
         return f"ManagementApp({self._guard!r})"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._identify is None or scope["type"] != "http" or _has_credentials(scope):
+        if await self._is_verified(scope):
+            await self._app(scope, receive, send)
+            return
+        if self._identify is None or _is_for_keys(scope):
             await self._app_for_keys(scope, receive, send)
             return
         try:
@@ -183,15 +124,28 @@ class ManagementApp:
             return
         await self._app({**scope, "user": person}, receive, send)
 
+    async def _is_verified(self, scope: Scope) -> bool:
+        """Tell whether middleware around this app has verified the caller, by the same keys.
+
+        Once is enough: a request verified twice would be counted twice.
+        """
+        user = scope.get("user")
+        if scope["type"] != "http" or not isinstance(user, VerifiedKey):
+            return False
+        try:
+            return await self._guard.holds(user)
+        except Unavailable:
+            return False  # which is then answered as ever
+
     async def _list(self, request: Request) -> Response:
         caller = _caller(request, "api-keys:read")
         keys = await self._guard.keys.list(caller.account_id)
-        return _json(200, [_row(key) for key in keys])
+        return _json(200, [self._row(key) for key in keys])
 
     async def _create(self, request: Request) -> Response:
         caller = _caller(request, "api-keys:write")
-        wanted = await _read(request, CreateKeyRequest)
-        with _fields_of_body():
+        wanted = await read_body(request, CreateKeyRequest)
+        with fields_of_body():
             created = await self._guard.keys.create(
                 account_id=caller.account_id,
                 name=wanted.name,
@@ -200,12 +154,12 @@ class ManagementApp:
                 actor=caller.actor,
                 caller=caller.key,
             )
-        return _json(201, CreatedKeyResponse(**_created(created)))
+        return _json(201, CreatedKeyResponse.of(created))
 
     async def _change(self, request: Request) -> Response:
-        caller, key_id = _caller(request, "api-keys:write"), _key_id(request)
-        wanted = await _read(request, ChangeKeyRequest)
-        with _fields_of_body():
+        caller, key_id = _caller(request, "api-keys:write"), read_key_id(request)
+        wanted = await read_body(request, ChangeKeyRequest)
+        with fields_of_body():
             key = await self._guard.keys.change(
                 caller.account_id,
                 key_id,
@@ -213,11 +167,11 @@ class ManagementApp:
                 scopes=None if wanted.permissions is UNSET else wanted.permissions,
                 actor=caller.actor,
             )
-        return _json(200, _row(key))
+        return _json(200, self._row(key))
 
     async def _rotate(self, request: Request) -> Response:
-        caller, key_id = _caller(request, "api-keys:write"), _key_id(request)
-        wanted = await _read(request, RotateKeyRequest, empty=RotateKeyRequest())
+        caller, key_id = _caller(request, "api-keys:write"), read_key_id(request)
+        wanted = await read_body(request, RotateKeyRequest, empty=RotateKeyRequest())
         rotated = await self._guard.keys.rotate(
             caller.account_id,
             key_id,
@@ -225,15 +179,10 @@ class ManagementApp:
             actor=caller.actor,
             caller=caller.key,
         )
-        answer = RotatedKeyResponse(
-            **_created(rotated),
-            replaces=rotated.replaces,
-            confirmed=rotated.confirmed is not None,
-        )
-        return _json(201, answer)
+        return _json(201, RotatedKeyResponse.of(rotated))
 
     async def _delete(self, request: Request) -> Response:
-        caller, key_id = _caller(request, "api-keys:write"), _key_id(request)
+        caller, key_id = _caller(request, "api-keys:write"), read_key_id(request)
         await self._guard.keys.revoke(caller.account_id, key_id, actor=caller.actor)
         return _no_content()
 
@@ -241,8 +190,37 @@ class ManagementApp:
         caller = _caller(request)
         if caller.key is None:
             raise MissingCredentials(reason="a person is no key")
-        await self._guard.keys.revoke(caller.account_id, caller.key.key_id, actor=caller.actor)
+        try:
+            await self._guard.keys.revoke(caller.account_id, caller.key.key_id, actor=caller.actor)
+        except KeyNotFound:
+            raise InvalidToken("revoked since it was verified") from None
         return _no_content()
+
+    async def _usage(self, request: Request) -> Response:
+        caller, key_id = _caller(request, "api-keys:read"), read_key_id(request)
+        wanted = read_query(request, UsageQuery)
+        usage = await self._guard.keys.usage(caller.account_id, key_id, range=wanted.range)
+        return _json(200, usage)
+
+    async def _audit_log(self, request: Request) -> Response:
+        caller, wanted = _caller(request, "audit:read"), read_query(request, AuditQuery)
+        given = msgspec.structs.asdict(wanted).items()
+        page = await self._guard.audit.list(
+            caller.account_id, **{name: value for name, value in given if value is not UNSET}
+        )
+        return _json(200, page)
+
+    async def _describe(self, request: Request) -> Response:
+        # Where the API is mounted differs, so that is not in the paths.
+        servers = [{"url": request.scope.get("root_path") or "/"}]
+        return _json(200, {**self._description, "servers": servers})
+
+    @cached_property
+    def _description(self) -> dict[str, Any]:
+        return describe(self._guard.scopes, self._guard.settings.realm)
+
+    def _row(self, key: ApiKey) -> KeyRow:
+        return KeyRow.of(key, self._guard.keys.status(key))
 
     async def _refuse(self, _request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)  # noqa: S101  # this handler is registered for nothing else
@@ -269,7 +247,10 @@ def _route(path: str, **endpoints: Callable[[Request], Awaitable[Response]]) -> 
     return Route(path, dispatch, methods=[*endpoints])
 
 
-def _has_credentials(scope: Scope) -> bool:
+def _is_for_keys(scope: Scope) -> bool:
+    """Tell whether a request is no person's: it has credentials of its own, or needs none."""
+    if scope["type"] != "http" or route_path(scope) == DESCRIPTION_PATH:
+        return True
     return any(name == b"authorization" for name, _ in scope["headers"])
 
 
@@ -298,44 +279,8 @@ def _request_id(request: Request) -> str | None:
     return None
 
 
-def _key_id(request: Request) -> UUID:
-    try:
-        return UUID(request.path_params["key_id"])
-    except ValueError:
-        raise InvalidInput(
-            ("path", "key_id"), "uuid_parsing", "Expected the id of a key, which is a UUID"
-        ) from None
-
-
-def _created(created: CreatedKey) -> dict[str, Any]:
-    key = created.key
-    return {
-        "id": key.id,
-        "name": key.name,
-        "key": created.token,
-        "key_prefix": key.key_prefix,
-        "permissions": sorted(key.scopes),
-        "created_at": key.created_at,
-        "expires_at": UNSET if key.expires_at is None else key.expires_at,
-    }
-
-
 def _no_content() -> Response:
     return Response(status_code=204, headers={"cache-control": "no-store"})
-
-
-def _row(key: ApiKey) -> KeyRow:
-    return KeyRow(
-        id=key.id,
-        name=key.name,
-        key_prefix=key.key_prefix,
-        permissions=sorted(key.scopes),
-        is_active=True,
-        last_used_at=key.last_used_at,
-        created_at=key.created_at,
-        expires_at=key.expires_at,
-        replaced_by=key.replaced_by,
-    )
 
 
 def _json(status: int, content: Any) -> Response:
@@ -345,46 +290,3 @@ def _json(status: int, content: Any) -> Response:
         {"cache-control": "no-store"},
         media_type="application/json",
     )
-
-
-async def _read(request: Request, kind: type[T], *, empty: T | None = None) -> T:
-    """Return what the body says; *empty* if there is none."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAXIMUM_BODY_BYTES:
-            raise BodyTooLarge(f"The body may have at most {MAXIMUM_BODY_BYTES} bytes.")
-    if not body and empty is not None:
-        return empty
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _fault(str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise InvalidInput(("body",), "json_invalid", "The body is not valid JSON") from None
-
-
-@contextlib.contextmanager
-def _fields_of_body() -> Iterator[None]:
-    """Name refused values as the body of a request names them."""
-    try:
-        yield
-    except InvalidInput as error:
-        renamed = ("permissions" if part == "scopes" else part for part in error.field)
-        raise InvalidInput(("body", *renamed), error.kind, error.message) from None
-
-
-def _fault(text: str) -> InvalidInput:
-    """Return what msgspec says in *text* as FastAPI would say it."""
-    for start, kind, message in _FIELD_FAULTS:
-        if text.startswith(start):
-            # What follows is the field's name in backticks. The client may have chosen it.
-            return InvalidInput(("body", text[len(start) + 1 : -1]), kind, message)
-    # Others read like this: Expected `str`, got `int` - at `$.permissions[0]`
-    message, _, path = text.partition(" - at `$")
-    return InvalidInput(("body", *_location(path)), "invalid", message)
-
-
-def _location(path: str) -> tuple[str | int, ...]:
-    parts = path.rstrip("`").replace("[", ".").replace("]", "").split(".")
-    return tuple(int(part) if part.isdigit() else part for part in parts if part)

@@ -131,7 +131,11 @@ def _announcing_its_end(key: VerifiedKey, send: Send) -> Send:
 
     async def announce(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+            said = [*message.get("headers", ())]
+            # What the app says of these itself stands: neither may be there twice.
+            names = {name.lower() for name, _ in said}
+            added = [header for header in headers if header[0] not in names]
+            message = {**message, "headers": said + added}
         await send(message)
 
     return announce

@@ -40,5 +40,16 @@ def check_origin(connection: HTTPConnection) -> None:
             raise CrossOrigin
         return
     origin = connection.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != connection.headers.get("host", ""):
+    if origin is not None and _host(origin) != connection.headers.get("host", ""):
         raise CrossOrigin
+
+
+def _host(origin: str) -> str | None:
+    """Return the host and port of *origin*; none for "null", which pages of no origin send.
+
+    Not its scheme: behind a proxy that ends TLS, this side does not know its own.
+    """
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None

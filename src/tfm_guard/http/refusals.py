@@ -1,9 +1,10 @@
 """Refusals on the wire: a status, headers and a JSON body, for HTTP and for WebSocket."""
 
 import random
-from typing import Any, Final
+from typing import Final
 
 import msgspec
+from msgspec import Struct
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,13 +17,56 @@ _RETRY_AFTER_SECONDS: Final = (1, 3)
 POLICY_VIOLATION: Final = 1008
 
 
+class Detail(Struct):
+    """What a program, and what a person, may know about a refusal."""
+
+    code: str
+    message: str
+
+
+class RefusalBody(Struct):
+    """The body of every refusal but of an unacceptable value."""
+
+    detail: Detail
+
+
+class PlanLimitDetail(Detail):
+    """A refusal, with the numbers that it is about."""
+
+    limit: int
+    current: int
+    plan: str
+
+
+class PlanLimitBody(Struct):
+    """The body of a refusal to exceed what the plan allows."""
+
+    detail: PlanLimitDetail
+
+
+class Fault(Struct):
+    """What is wrong with a value: where it is, outermost first, and what is expected."""
+
+    loc: tuple[str | int, ...]
+    msg: str
+    type: str
+
+
+class FaultsBody(Struct):
+    """The body of a refusal of unacceptable values."""
+
+    detail: list[Fault]
+
+
 class RefusalResponse(Response):
     """The answer to a client that *refusal* describes; challenges name *realm*."""
 
     media_type = "application/json"
 
     def __init__(self, refusal: Refusal, realm: str) -> None:
-        super().__init__(_body(refusal), refusal.status, _headers(refusal, realm))
+        super().__init__(
+            msgspec.json.encode(body_of(refusal)), refusal.status, headers_of(refusal, realm)
+        )
 
 
 async def send_refusal(
@@ -47,7 +91,8 @@ async def deny(scope: Scope, receive: Receive, send: Send, response: RefusalResp
         await send({"type": "websocket.close", "code": POLICY_VIOLATION, "reason": ""})
 
 
-def _headers(refusal: Refusal, realm: str) -> dict[str, str]:
+def headers_of(refusal: Refusal, realm: str) -> dict[str, str]:
+    """Return the headers of the answer, with names in lower case."""
     headers = {"cache-control": "no-store"}
     if refusal.challenged:
         scope = (
@@ -60,10 +105,11 @@ def _headers(refusal: Refusal, realm: str) -> dict[str, str]:
     return headers
 
 
-def _body(refusal: Refusal) -> bytes:
-    detail: Any = {"code": refusal.code, "message": refusal.message}
+def body_of(refusal: Refusal) -> Struct:
+    """Return what is sent to the client."""
     if isinstance(refusal, InvalidInput):
-        detail = [{"loc": refusal.field, "msg": refusal.message, "type": refusal.kind}]
-    elif isinstance(refusal, PlanLimitReached):
-        detail |= {"limit": refusal.limit, "current": refusal.current, "plan": refusal.plan}
-    return msgspec.json.encode({"detail": detail})
+        return FaultsBody([Fault(refusal.field, refusal.message, refusal.kind)])
+    if isinstance(refusal, PlanLimitReached):
+        numbers = refusal.limit, refusal.current, refusal.plan
+        return PlanLimitBody(PlanLimitDetail(refusal.code, refusal.message, *numbers))
+    return RefusalBody(Detail(refusal.code, refusal.message))

@@ -1,12 +1,16 @@
 """The store: keys and all that is kept about them, in SQLite or PostgreSQL."""
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
+from tfm_guard.store.inspection import Look
+from tfm_guard.store.schema import HEAD
 from tfm_guard.store.signs import HourOfUse, Said, Turn, hour_of, start_of
 from tfm_guard.store.store import Installation, Store
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
+    Holding,
     LockedAccount,
     LockedKey,
+    NewKey,
     PrefixTaken,
     Transaction,
 )
@@ -14,13 +18,17 @@ from tfm_guard.store.usage import UsageHour
 
 __all__ = [
     "ERASED_ACCOUNT",
+    "HEAD",
     "MARKED",
     "FeedState",
+    "Holding",
     "HourOfUse",
     "Installation",
     "LockedAccount",
     "LockedKey",
+    "Look",
     "Member",
+    "NewKey",
     "Place",
     "PrefixTaken",
     "Register",

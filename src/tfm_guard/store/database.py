@@ -63,6 +63,10 @@ class Database:
     def __repr__(self) -> str:
         return f"Database({self.dialect})"
 
+    def has_file(self) -> bool:
+        """Tell whether the file of an SQLite database is there; PostgreSQL needs none."""
+        return self._file is None or self._file.path.exists()
+
     def adopt_file(self) -> None:
         """Make the file of an SQLite database if there is none. Raises `Unavailable`."""
         if self._file is None:
@@ -82,12 +86,14 @@ class Database:
         if isinstance(self._usage_writer, AsyncEngine):
             await self._usage_writer.dispose()
 
-    async def read(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Return what *work* reads, within `READ_SECONDS`; raise `Unavailable` otherwise.
+    async def read(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, seconds: float | None = None
+    ) -> T:
+        """Return what *work* reads, within *seconds* (`READ_SECONDS`), or raise `Unavailable`.
 
         Each of its statements commits by itself.
         """
-        return await self._read_with(self._reader, work)
+        return await self._read_with(self._reader, work, seconds)
 
     async def read_feed(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         """Do as `read` does, on a connection that nothing else uses."""
@@ -143,13 +149,16 @@ class Database:
         await self._within(WRITE_SECONDS, attempt)
 
     async def _read_with(
-        self, engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[T]]
+        self,
+        engine: AsyncEngine,
+        work: Callable[[AsyncConnection], Awaitable[T]],
+        seconds: float | None = None,
     ) -> T:
         async def attempt(_: list[bool]) -> T:
             async with engine.connect() as connection:
                 return await work(connection)
 
-        return await self._within(READ_SECONDS, attempt)
+        return await self._within(seconds or READ_SECONDS, attempt)
 
     async def _within(self, seconds: float, attempt: Callable[[list[bool]], Awaitable[T]]) -> T:
         if self._file is not None:

@@ -25,19 +25,25 @@ from tfm_guard.records import Account, ApiKey, AuditEvent, AuditRow, Change, Sto
 from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
+from tfm_guard.store.inspection import Look, find_faults, look, prune_audit, prune_changes
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.signs import HourOfUse, Said, Turn
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
+    Holding,
     Transaction,
     counts_for_plan,
     granted,
     is_active,
     key_of,
+    read_holdings,
 )
 from tfm_guard.store.usage import UsageHour
 
 T = TypeVar("T")
+
+_CHECKING_SECONDS: Final = 600.0
+_PRUNED_AT_ONCE: Final = 10_000  # so that no transaction takes long
 
 # For one transaction: how long it may wait for a lock, and how long a writer that stalls with
 # locks held keeps others waiting. Both end below the deadline of a write.
@@ -87,6 +93,41 @@ class Store:
 
     async def close(self) -> None:
         await self._database.close()
+
+    async def look(self) -> Look | None:
+        """Return what the database looks like; none if its file does not exist. Makes nothing."""
+        if not self._database.has_file():
+            return None
+        self._database.adopt_file()
+        return await self._database.read(lambda c: look(c, self._now()))
+
+    async def find_faults(self) -> list[str]:
+        """Return, in words, everything in the tables that cannot be so. `look` first."""
+        return await self._database.read(
+            lambda c: find_faults(c, self._now()), seconds=_CHECKING_SECONDS
+        )
+
+    async def prune_changes(self, older_than: timedelta) -> int:
+        """Remove the changes that are older; return how many. `look` first."""
+        return await self._prune_with(prune_changes, older_than)
+
+    async def prune_audit(self, older_than: timedelta) -> int:
+        """Remove the rows of the audit log that are older; return how many. `look` first."""
+        return await self._prune_with(prune_audit, older_than)
+
+    async def _prune_with(
+        self,
+        prune: Callable[[AsyncConnection, datetime, int], Awaitable[int]],
+        older_than: timedelta,
+    ) -> int:
+        async def run(connection: AsyncConnection) -> int:
+            before = await self._begin(connection) - older_than
+            return await prune(connection, before, _PRUNED_AT_ONCE)
+
+        removed = 0
+        while more := await self._database.write(run):
+            removed += more
+        return removed
 
     async def find_keys(self, prefixes: Iterable[str]) -> dict[str, StoredKey]:
         """Return the rows of those *prefixes* that exist, by prefix."""
@@ -190,6 +231,11 @@ class Store:
 
         claimed, _ = await self.transact(claim)
         return claimed
+
+    async def read_holdings(self, account_ids: Iterable[str]) -> list[Holding]:
+        """Return the plan of each account, and how many active keys it holds."""
+        wanted = list(account_ids)
+        return await self._database.read(lambda c: read_holdings(c, wanted, self._now()))
 
     async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> tuple[T, list[Change]]:
         """Run *work* in a transaction that appends its changes to the feed, and commit it.

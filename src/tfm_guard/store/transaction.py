@@ -1,6 +1,6 @@
 """The statements that a change is made of."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any, Final, NamedTuple
@@ -15,6 +15,7 @@ from sqlalchemy import (
     Table,
     Text,
     Update,
+    and_,
     bindparam,
     delete,
     func,
@@ -60,8 +61,27 @@ class LockedKey(NamedTuple):
     created_at: datetime
     expires_at: datetime | None
     replaced_by: UUID | None
+    replaced_at: datetime | None
     revoked_at: datetime | None
     confirmed_at: datetime | None
+
+
+class NewKey(NamedTuple):
+    """A key to insert: *digest*, under the key with that id, is none if nobody knows its token."""
+
+    key: ApiKey
+    secret_hash: str
+    digest: bytes | None
+    digest_key_id: str | None
+    created_by: str
+
+
+class Holding(NamedTuple):
+    """An account's plan, and how many keys it holds that are neither revoked nor expired."""
+
+    account_id: str
+    plan: str
+    active: int
 
 
 class Transaction:
@@ -97,6 +117,27 @@ class Transaction:
         row = (await self._connection.execute(lock)).one_or_none()
         return None if row is None else LockedAccount(row.id, row.plan, row.suspended_at)
 
+    async def lock_accounts(self, account_ids: Iterable[str]) -> list[Holding]:
+        """Return the accounts, made and put on the plan "free" where they are new; hold them all.
+
+        They are locked in one order, so that two who hold many do not wait for each other.
+        """
+        wanted = sorted(account_ids)
+        accounts = schema.accounts.c
+        lock = (
+            select(accounts.id)
+            .where(accounts.id.in_(wanted))
+            .order_by(accounts.id)
+            .with_for_update()
+        )
+        known = set((await self._connection.execute(lock)).scalars())
+        if new := [{"id": one, "plan": "free"} for one in wanted if one not in known]:
+            dialect = postgresql if self._is_postgresql else sqlite
+            add = dialect.insert(schema.accounts).values(new).on_conflict_do_nothing()
+            await self._connection.execute(add)
+            await self._connection.execute(lock)
+        return await read_holdings(self._connection, wanted, self.now)
+
     async def set_plan(self, account_id: str, plan: str) -> None:
         await self._connection.execute(
             update(schema.accounts).where(schema.accounts.c.id == account_id).values(plan=plan)
@@ -129,34 +170,23 @@ class Transaction:
         key: ApiKey,
         *,
         secret_hash: str,
-        digest: bytes,
-        digest_key_id: str,
+        digest: bytes | None,
+        digest_key_id: str | None,
         created_by: str,
     ) -> None:
         """Insert *key* as version 1. Raises `PrefixTaken`."""
+        await self.insert_keys([NewKey(key, secret_hash, digest, digest_key_id, created_by)])
+
+    async def insert_keys(self, new: Sequence[NewKey]) -> None:
+        """Insert *new* keys, each as version 1, in their order. Raises `PrefixTaken`."""
         try:
-            await self._connection.execute(
-                insert(schema.keys).values(
-                    id=key.id,
-                    account_id=key.account_id,
-                    name=key.name,
-                    prefix=key.key_prefix,
-                    secret_hash=secret_hash,
-                    digest=digest,
-                    digest_key_id=digest_key_id,
-                    scopes=_written(key.scopes),
-                    version=1,
-                    created_at=key.created_at,
-                    created_by=created_by,
-                    expires_at=key.expires_at,
-                )
-            )
+            await self._connection.execute(insert(schema.keys), [_row_of(one) for one in new])
         except IntegrityError as error:
             # The constraint's name on PostgreSQL, the column's on SQLite.
             if "tfm_keys_prefix" in str(error.orig) or "tfm_keys.prefix" in str(error.orig):
                 raise PrefixTaken from error
             raise
-        self._pending.append(("created", key.key_prefix, 1))
+        self._pending += [("created", one.key.key_prefix, 1) for one in new]
 
     async def lock_key(self, account_id: str, key_id: UUID) -> LockedKey | None:
         """Return the account's key, revoked or not, and hold it and the account."""
@@ -195,7 +225,8 @@ class Transaction:
             .values(version=keys.version + 1, **values)
             .returning(keys.prefix, keys.version)
         )
-        self._pending += [(kind, row.prefix, row.version) for row in changed]
+        # In an order that does not depend on where the rows lie.
+        self._pending += sorted((kind, row.prefix, row.version) for row in changed)
 
     async def states(self, account_id: str, *, kind: ChangeKind) -> list[Change]:
         """Return what the feed had last to say of the account's keys, as changes of that *kind*.
@@ -234,9 +265,10 @@ class Transaction:
             .values(suspended_at=suspended_at)
         )
 
-    async def erase_account(self, account_id: str) -> bool:
-        """Delete a locked account and what is known of it; not while a key of it is not revoked.
+    async def erase_account(self, account_id: str, *, known: Iterable[Change]) -> bool:
+        """Delete a locked account and what is known of it, if all processes refuse all its keys.
 
+        Not so while a key is not revoked, or revoked but neither confirmed nor among *known*.
         Its keys' prefixes stay taken: they go, with nothing else, to the account with no name.
         """
         keys = schema.keys.c
@@ -244,6 +276,10 @@ class Transaction:
         live = select(keys.id).where(mine, keys.revoked_at.is_(None))
         if (await self._connection.execute(live)).first() is not None:
             return False
+        refused = {(change.prefix, change.version) for change in known}
+        for change in await self.states(account_id, kind="revoked"):
+            if (change.prefix, change.version) not in refused:
+                return False
         await self.lock_account(ERASED_ACCOUNT)
         for kept in (schema.key_usage, schema.usage_hours, schema.signs):
             await self._connection.execute(
@@ -257,7 +293,10 @@ class Transaction:
                 account_id=ERASED_ACCOUNT,
                 digest=None,
                 digest_key_id=None,
+                created_at=keys.revoked_at,
+                expires_at=None,
                 replaced_by=None,
+                replaced_at=None,
                 confirmed_at=self.now,
                 **nothing,
             )
@@ -356,6 +395,24 @@ class Transaction:
         for statement, values in self._writes.items():
             await self._connection.execute(statement, values)
         self._writes = {}
+
+
+def _row_of(new: NewKey) -> dict[str, Any]:
+    key = new.key
+    return {
+        "id": key.id,
+        "account_id": key.account_id,
+        "name": key.name,
+        "prefix": key.key_prefix,
+        "secret_hash": new.secret_hash,
+        "digest": new.digest,
+        "digest_key_id": new.digest_key_id,
+        "scopes": _written(key.scopes),
+        "version": 1,
+        "created_at": key.created_at,
+        "created_by": new.created_by,
+        "expires_at": key.expires_at,
+    }
 
 
 def _parameters(table: Table, names: Iterable[str], prefix: str) -> dict[str, Any]:
@@ -460,3 +517,20 @@ def key_of(row: Row[Any], last_used_at: datetime | None) -> ApiKey:
         expires_at=row.expires_at,
         replaced_by=row.replaced_by,
     )
+
+
+async def read_holdings(
+    connection: AsyncConnection, account_ids: Iterable[str], now: Any
+) -> list[Holding]:
+    """Return what each account holds at *now*; one that is not there is on the plan "free"."""
+    wanted = list(account_ids)
+    keys, accounts = schema.keys.c, schema.accounts.c
+    counted = and_(keys.account_id == accounts.id, *counts_for_plan(now))
+    rows = await connection.execute(
+        select(accounts.id, accounts.plan, func.count(keys.id))
+        .select_from(schema.accounts.outerjoin(schema.keys, counted))
+        .where(accounts.id.in_(wanted))
+        .group_by(accounts.id, accounts.plan)
+    )
+    found = {row.id: Holding(*row) for row in rows}
+    return [found.get(one, Holding(one, "free", 0)) for one in wanted]

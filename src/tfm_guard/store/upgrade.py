@@ -23,7 +23,7 @@ _LOCK: Final = 0x74666D67
 async def ensure_schema(database: Database) -> None:
     """Make the tables in an empty database; raise `SchemaError` if they are of another release."""
     database.adopt_file()
-    revision = await database.read(_revision)
+    revision = await database.read(read_revision)
     if revision is None:
         await upgrade(database)
         return
@@ -45,7 +45,7 @@ async def upgrade(database: Database) -> tuple[str | None, str]:
         if database.dialect == "postgresql":
             await connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
         # Asked again under the lock: another process may just have done it.
-        before = await _revision(connection)
+        before = await read_revision(connection)
         _refuse_newer(before)
         if before != HEAD:
             await connection.run_sync(_apply)
@@ -62,7 +62,8 @@ def _refuse_newer(revision: str | None) -> None:
         )
 
 
-async def _revision(connection: AsyncConnection) -> str | None:
+async def read_revision(connection: AsyncConnection) -> str | None:
+    """Return the revision of the tables; none if there are none."""
     if not await connection.run_sync(lambda sync: inspect(sync).has_table(VERSION_TABLE)):
         return None
     revision: str | None = (await connection.execute(select(_VERSION))).scalar_one_or_none()
