@@ -141,7 +141,7 @@ def _take(
     page = server.visit(browser, account, role, **{"viewport": WIDE, **options})
     scene(page)
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.convert("RGB").quantize(64).save(PICTURES / f"{name}.png", optimize=True)
+    picture.convert("RGB").quantize(128).save(PICTURES / f"{name}.png", optimize=True)
     page.context.close()
     sys.stdout.write(f"docs/screenshots/{name}.png\n")
 

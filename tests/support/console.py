@@ -111,7 +111,8 @@ async def fill(guard: Guard, account: str) -> None:
     await guard.keys.rotate(account, old.id, actor="person:ben@example.com")
     age = datetime.now(UTC) - timedelta(days=41)
     for key in (shop, letter):
-        _backdate(guard, key.id, age)
+        # In a thread: the guard may be writing, and goes on only while the event loop does.
+        await asyncio.to_thread(_backdate, guard, key.id, age)
 
 
 def _backdate(guard: Guard, key_id: UUID, moment: datetime) -> None:
