@@ -106,8 +106,8 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
                 _run_apart(_make_up())
                 link = examples[0].sign_in.new(_visitor())
                 _say_what_next(addresses[0], managing_token, link)
-                for server in servers:
-                    server.join()
+                for ended in servers:
+                    ended.wait()
 
 
 def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
@@ -223,8 +223,8 @@ def _connect(address: str) -> "closing[http.client.HTTPConnection]":
 
 
 @contextmanager
-def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Thread]:
-    """Serve *example* on *listener* from a thread until the end."""
+def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Event]:
+    """Serve *example* on *listener* from a thread until the end; yield what tells that it ended."""
     try:
         import uvicorn
     except ModuleNotFoundError as error:
@@ -247,13 +247,18 @@ def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Thr
             # Requests wait in the listener's queue until the server takes them; if it does not
             # start, this is how they learn.
             listener.close()
+            ended.set()
 
+    # Who waits for this can be interrupted. After an interrupted join of Python 3.11, the thread
+    # passes for ended, and its database would be removed under it.
+    ended = threading.Event()
     thread = threading.Thread(target=run, name="tfm-guard-demo")
     thread.start()
     try:
-        yield thread
+        yield ended
     finally:
         server.should_exit = True
+        ended.wait()
         thread.join()
 
 
