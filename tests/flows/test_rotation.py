@@ -24,7 +24,7 @@ from tfm_guard.errors import (
     PlanLimitReached,
 )
 from tfm_guard.records import CreatedKey
-from tfm_guard.store import schema
+from tfm_guard.store import Transaction, schema
 from tfm_guard.testing import seeded_bytes
 from tfm_guard.token import RANDOM_BYTES
 
@@ -115,20 +115,27 @@ async def test_without_a_grace_the_key_ends_at_once(guard: Guard) -> None:
     assert await guard.keys.list("acme") == [new.key]
 
 
-async def test_who_waited_for_a_rotation_finds_the_key_ended(postgres_url: str) -> None:
-    """What is to narrow a key, and began before the rotation that ended it, narrows nothing."""
-    async with new_guard(postgres_url) as guard, new_guard(postgres_url) as other:
+async def test_a_change_that_began_before_a_rotation_finds_the_key_ended(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to narrow a key, and comes to it once a rotation has ended it, narrows nothing."""
+    lock_key, begun, rotated = Transaction.lock_key, asyncio.Event(), asyncio.Event()
+
+    async def lock_late(self: Transaction, *wanted: Any) -> Any:
+        if not begun.is_set():
+            begun.set()
+            await rotated.wait()
+        return await lock_key(self, *wanted)
+
+    monkeypatch.setattr(Transaction, "lock_key", lock_late)
+    async with new_guard(postgres_url) as guard:
         old = await create(guard, scopes=["send", "domains:read"])
-        point = Failpoint("before locking", dies=False)
-        try:
-            changing = asyncio.create_task(other.keys.change("acme", old.key.id, scopes=["send"]))
-            await until(lambda: point.reached, what="the change's transaction")
-            new = await guard.keys.rotate("acme", old.key.id, grace=NONE)
-            point.release()
-            with pytest.raises(KeyNotFound):
-                await changing
-        finally:
-            point.remove()
+        changing = asyncio.create_task(guard.keys.change("acme", old.key.id, scopes=["send"]))
+        await begun.wait()
+        new = await guard.keys.rotate("acme", old.key.id, grace=NONE)
+        rotated.set()
+        with pytest.raises(KeyNotFound):
+            await changing
         assert new.key.scopes == {"send", "domains:read"}
 
 
