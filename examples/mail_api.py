@@ -3,7 +3,7 @@
     TFM_GUARD_DATABASE_URL=sqlite:///tfm_guard.db uvicorn examples.mail_api:app
 
 With TFM_GUARD_REDIS_URL, its processes share what they have read. Make the first key with
-`tfm-guard keys create`, further ones with `POST /v1/api-keys/`.
+`tfm-guard keys create`, further ones with `POST /v1/api-keys/` or on the page.
 """
 
 import os
@@ -18,12 +18,12 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.endpoints import HTTPEndpoint
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 
 from tfm_guard import APIKeyMiddleware, Guard, requires
+from tfm_guard.http.sign_in import SignInLinks
 
 # Other settings come from their own TFM_GUARD_* variables.
 guard = Guard.from_urls(
@@ -107,7 +107,7 @@ def json_response(
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-app = Starlette(
+api = Starlette(
     routes=[
         Route("/healthz", health),
         Route("/v1/emails/", Emails),
@@ -115,10 +115,25 @@ app = Starlette(
         # all that is left and answers 404 to what it does not know, so it comes last.
         Mount("/", guard.management_app()),
     ],
-    # Protects all that it stands in front of, paths that do not exist included, and opens the
-    # guard at start-up. CORS middleware, if you need it, goes before it in this list.
-    middleware=[Middleware(APIKeyMiddleware, guard=guard, exempt=("/healthz",))],
     exception_handlers={HTTPException: refuse},
 )
 # The slash at the end belongs to the path: clients do not follow a redirected POST.
-app.router.redirect_slashes = False
+api.router.redirect_slashes = False
+
+# Who is signed in to Settings → API Keys: here, whoever opens a link that `tfm-guard demo` prints.
+# A service whose people sign in by themselves has `session_identity` or `jwt_identity` in its place
+# (tfm_guard.http.identities), or an async function of its own, and no /sign-in.
+sign_in = SignInLinks(to="../settings/api-keys/")
+
+app = Starlette(
+    routes=[
+        Route("/settings/api-keys", lambda _: RedirectResponse("api-keys/")),
+        Mount("/settings/api-keys", guard.console(identify=sign_in.identify)),
+        Mount("/sign-in", sign_in),
+        # Protects all that it stands in front of, paths that do not exist included. CORS
+        # middleware, if you need it, goes around it.
+        Mount("/", APIKeyMiddleware(api, guard=guard, exempt=("/healthz",))),
+    ],
+    # Opens the guard at start-up, and closes it at the end.
+    lifespan=guard.lifespan,
+)

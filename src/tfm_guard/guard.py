@@ -3,7 +3,7 @@
 import asyncio
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import (
     AbstractContextManager,
     AsyncExitStack,
@@ -42,6 +42,7 @@ from tfm_guard.verifier import Verifier
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from tfm_guard.http.console.texts import Texts
     from tfm_guard.http.persons import Identify
 
 # How long a request waits for the guard to open, should it be the first to need it.
@@ -58,6 +59,7 @@ class _Parts(NamedTuple):
     imports: KeyImporter
     audit: AuditLog
     signs: Signs
+    form_keys: tuple[bytes, ...]
     ending: AsyncExitStack
 
 
@@ -259,6 +261,41 @@ class Guard:
 
         return ManagementApp(self, identify)
 
+    def console(
+        self,
+        *,
+        identify: "Identify",
+        sign_in_url: str | None = None,
+        plans_url: str | None = None,
+        api_url: str | None = None,
+        first_steps: Mapping[str, str] | None = None,
+        texts: "Texts | None" = None,
+    ) -> "ASGIApp":
+        """Return the ASGI app that shows people the keys of their account: Settings → API Keys.
+
+        *identify* tells who sent a request, as with `management_app`. *sign_in_url* is where those
+        go of whom it does not know, *plans_url* those who need room for more keys. *first_steps*
+        are programs by their title that an account without keys is shown, with `{api_url}` for
+        *api_url*, which is where the page itself is found if not given. *texts* are the words of
+        the page, in another language. Needs Jinja2, the extra `console`.
+        """
+        # Imported here: the HTTP floor stands on this one.
+        from tfm_guard.http.console.app import ConsoleApp, Links  # noqa: PLC0415
+
+        async def form_keys() -> tuple[bytes, ...]:
+            return (await self._open_for_request()).form_keys
+
+        return ConsoleApp(
+            self,
+            identify=identify,
+            form_keys=form_keys,
+            links=Links(sign_in_url, plans_url, api_url),
+            first_steps=first_steps,
+            texts=texts,
+            clock=self._clock,
+            random=self._random,
+        )
+
     async def _open_for_request(self) -> _Parts:
         if self._parts is not None and self._loop is asyncio.get_running_loop():
             return self._parts
@@ -411,6 +448,7 @@ class Guard:
             ending.push_async_callback(signs.stop)
             signs.start()
             audit = AuditLog(store=store)
+            form_keys = tuple(derive(secret, b"form") for secret in secrets)
             imports = KeyImporter(
                 store=store,
                 hashing=hashing,
@@ -421,7 +459,9 @@ class Guard:
                 clock=clock,
                 random=self._random,
             )
-            return _Parts(verifier, live, keys, accounts, imports, audit, signs, ending.pop_all())
+            return _Parts(
+                verifier, live, keys, accounts, imports, audit, signs, form_keys, ending.pop_all()
+            )
 
     def _new_store(self) -> Store:
         return Store(

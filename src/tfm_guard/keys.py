@@ -149,6 +149,13 @@ class KeyManager:
         """Return the active keys of *account_id*, newest first."""
         return await self._store.list_keys(account_id)
 
+    async def unconfirmed(self, account_id: str) -> Sequence[ApiKey]:
+        """Return the revoked keys of *account_id* that some process may still accept.
+
+        They were not confirmed yet, or nobody stayed to hear it. Revoking again joins the wait.
+        """
+        return await self._store.list_unconfirmed(account_id)
+
     async def get(self, account_id: str, key_id: UUID) -> ApiKey:
         """Return the active key *key_id* of *account_id*. Raises `KeyNotFound`."""
         key = await self._store.get_key(account_id, key_id)
@@ -279,6 +286,16 @@ class KeyManager:
         if found is None:
             raise KeyNotFound
         return summarize(range, *found)
+
+    async def usage_of(
+        self,
+        keys: Iterable[ApiKey],
+        *,
+        range: UsageRange = "24h",  # noqa: A002  # as above
+    ) -> dict[UUID, KeyUsage]:
+        """Return, as `usage` does, how often each of *keys* was accepted and refused, by its id."""
+        now, hours = await self._store.read_usage_of([key.id for key in keys], span_of(range))
+        return {key_id: summarize(range, now, those) for key_id, those in hours.items()}
 
     async def id_of(self, account_id: str, key_prefix: str) -> UUID:
         """Return the id of the account's key with that prefix, active or not.

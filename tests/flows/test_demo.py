@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -150,9 +151,10 @@ IN_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$0" demo', PROGRAM]
 def test_the_demo_stays_up_until_it_is_ended(
     tmp_path: Path, number: signal.Signals, program: list[str]
 ) -> None:
-    """It serves until Ctrl-C or SIGTERM, then exits 0; the curl that it prints makes a key."""
+    """It serves until Ctrl-C or SIGTERM, then exits 0; what it prints makes a key, and signs in."""
     with running_demo(tmp_path, program) as process:
-        shown = read_until(process, '["send"]}\'\n\n')
+        shown = read_until(process, "the link signs you in once:\n\n")
+        shown += read_until(process, "\n\n")
         command = re.search(
             r"curl (http://127\.0\.0\.1:[0-9]+/\S+) \\\n +-H '(.+): (.+)' \\\n"
             r" +-H '(.+): (.+)' -d '(.+)'",
@@ -165,6 +167,22 @@ def test_the_demo_stays_up_until_it_is_ended(
         )
         with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310  # as above
             assert response.status == 201
+        (link,) = re.findall(r"^  (http://\S+/sign-in/\S+)$", shown, re.MULTILINE)
+        visitor = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        with visitor.open(link, timeout=10) as response:
+            assert response.url.endswith("/settings/api-keys/")
+            page = response.read().decode()
+        assert re.findall(r"<bdi>(.+)</bdi>", page) == [
+            "Mine",
+            "Managing key of the demo",
+            "Trial of a partner",
+            "Newsletter",
+            "Web shop",
+        ]
+        assert "5 of 50 keys of the plan “business” used" in page
+        assert "6 days ago" in page
+        with pytest.raises(urllib.error.HTTPError, match="410"):
+            visitor.open(link, timeout=10)
         process.send_signal(number)
         rest, errors = process.communicate(timeout=30)
     assert (process.returncode, rest, errors) == (0, "", "")

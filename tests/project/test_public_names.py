@@ -42,4 +42,5 @@ def test_a_guard_offers_what_is_built() -> None:
         "lifespan",
         "upgrade_schema",
         "management_app",
+        "console",
     }

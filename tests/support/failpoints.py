@@ -11,6 +11,7 @@ from tfm_guard.store import Store, Transaction
 # Where: the class, its coroutine, and whether the point lies before it or after it.
 _POINTS: Final[dict[str, tuple[type, str, bool]]] = {
     "before the transaction": (Store, "transact", True),
+    "before locking": (Transaction, "lock_key", True),
     "key locked": (Transaction, "lock_key", False),
     "before COMMIT": (Transaction, "append_changes", False),
     "after COMMIT": (Store, "transact", False),

@@ -8,12 +8,12 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import click
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from tfm_guard.guard import Guard
+    from tfm_guard.http.sign_in import SignInLinks
+    from tfm_guard.records import Person
+
+T = TypeVar("T")
 
 _ACCOUNT: Final = "demo"
 _FILE: Final = "demo.db"  # no name that an application's own database is likely to have
@@ -81,7 +85,7 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
         listeners = [enter(undo, partial(_listen, number)) for number in (port, 0)]
         with _in_our_words(folder):
             _set_variables(folder, redis)
-            managing_token = _managing_token()
+            managing_token = _run_apart(_make_managing_key())
             examples = [_load_example(), _load_example()]
         pairs = zip(examples, listeners, strict=True)
         servers = [enter(undo, partial(_serve, *pair)) for pair in pairs]
@@ -99,9 +103,11 @@ def demo(folder: Path | None, port: int, redis: str | None, *, once: bool) -> No
         click.echo("\nAll eight were answered as they must be.")
         if not once:
             with suppress(KeyboardInterrupt):
-                _say_what_next(addresses[0], managing_token)
-                for server in servers:
-                    server.join()
+                _run_apart(_make_up())
+                link = examples[0].sign_in.new(_visitor())
+                _say_what_next(addresses[0], managing_token, link)
+                for ended in servers:
+                    ended.wait()
 
 
 def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
@@ -153,14 +159,26 @@ def _set_variables(folder: Path, redis: str | None) -> None:
         os.environ["TFM_GUARD_REDIS_URL"] = redis
 
 
-def _managing_token() -> str:
-    """Make the account's managing key, in place of those that earlier demos left in the folder."""
+def _run_apart(work: Coroutine[Any, Any, T]) -> T:
     # In a thread: a signal then ends the wait for it, and not a coroutine in its middle.
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(asyncio.run, _make_managing_key()).result()
+        return executor.submit(asyncio.run, work).result()
+
+
+def _visitor() -> "Person":
+    from tfm_guard.records import Person
+
+    return Person(account_id=_ACCOUNT, id="visitor of the demo", may_manage=True)
+
+
+async def _make_up() -> None:
+    from tfm_guard.cli.made_up import make_up
+
+    await make_up(_ACCOUNT)
 
 
 async def _make_managing_key() -> str:
+    """Make the account's managing key, in place of those that earlier demos left in the folder."""
     from tfm_guard.guard import Guard
 
     async with Guard.from_environment() as guard:
@@ -178,6 +196,7 @@ async def _make_managing_key() -> str:
 class _Example(NamedTuple):
     app: "ASGIApp"
     guard: "Guard"
+    sign_in: "SignInLinks"
 
 
 def _load_example() -> _Example:
@@ -188,7 +207,7 @@ def _load_example() -> _Example:
         raise Failure("the example, mail_api.py, is not part of this installation")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return _Example(module.app, module.guard)
+    return _Example(module.app, module.guard, module.sign_in)
 
 
 def _in_words_of_redis(redis: str | None) -> str:
@@ -204,8 +223,8 @@ def _connect(address: str) -> "closing[http.client.HTTPConnection]":
 
 
 @contextmanager
-def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Thread]:
-    """Serve *example* on *listener* from a thread until the end."""
+def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Event]:
+    """Serve *example* on *listener* from a thread until the end; yield what tells that it ended."""
     try:
         import uvicorn
     except ModuleNotFoundError as error:
@@ -228,13 +247,18 @@ def _serve(example: _Example, listener: socket.socket) -> Iterator[threading.Thr
             # Requests wait in the listener's queue until the server takes them; if it does not
             # start, this is how they learn.
             listener.close()
+            ended.set()
 
+    # Who waits for this can be interrupted. After an interrupted join of Python 3.11, the thread
+    # passes for ended, and its database would be removed under it.
+    ended = threading.Event()
     thread = threading.Thread(target=run, name="tfm-guard-demo")
     thread.start()
     try:
-        yield thread
+        yield ended
     finally:
         server.should_exit = True
+        ended.wait()
         thread.join()
 
 
@@ -340,7 +364,7 @@ def _outcome(answer: Any) -> str:
     return f"email {answer['status']}" if "status" in answer else "refused everywhere"
 
 
-def _say_what_next(address: str, managing_token: str) -> None:
+def _say_what_next(address: str, managing_token: str, link: str) -> None:
     click.echo(
         f"""
 Try it yourself, with the managing key (Ctrl-C ends the demo):
@@ -348,5 +372,9 @@ Try it yourself, with the managing key (Ctrl-C ends the demo):
   curl {address}/v1/api-keys/ \\
     -H 'Authorization: Bearer {managing_token}' \\
     -H 'Content-Type: application/json' -d '{{"name": "Mine", "permissions": ["send"]}}'
+
+Settings → API Keys, with a few days of made-up use; the link signs you in once:
+
+  {address}/sign-in/{link}
 """
     )

@@ -29,7 +29,9 @@ async def identified(identify: Identify, connection: HTTPConnection) -> Person |
     """Return who *identify* says sent a request. Raises `GuardError` if that is no `Person`."""
     person = await identify(connection)
     if person is not None and not isinstance(person, Person):
-        raise GuardError(f"identify returned a {type(person).__name__}, no tfm_guard.Person or None")
+        raise GuardError(
+            f"identify returned a {type(person).__name__}, no tfm_guard.Person or None"
+        )
     return person
 
 

@@ -150,6 +150,18 @@ class Store:
         rows = await self._database.read(lambda connection: connection.execute(wanted))
         return [key_of(row, row.last_used_at) for row in rows]
 
+    async def list_unconfirmed(self, account_id: str) -> list[ApiKey]:
+        """Return the account's keys that are revoked, and not yet known to be refused everywhere.
+
+        The latest first.
+        """
+        keys = schema.keys.c
+        wanted = _ACTIVE_KEYS.where(
+            keys.account_id == account_id, keys.revoked_at.is_not(None), keys.confirmed_at.is_(None)
+        ).order_by(keys.revoked_at.desc(), keys.id)
+        rows = await self._database.read(lambda connection: connection.execute(wanted))
+        return [key_of(row, row.last_used_at) for row in rows]
+
     async def get_key(self, account_id: str, key_id: UUID) -> ApiKey | None:
         """Return the account's key, if it is active."""
         keys = schema.keys.c
@@ -345,6 +357,14 @@ class Store:
         """
         return await self._database.read(
             lambda connection: usage.read(connection, account_id, key_id, span, self._now())
+        )
+
+    async def read_usage_of(
+        self, key_ids: Collection[UUID], span: timedelta
+    ) -> tuple[datetime, dict[UUID, list[UsageHour]]]:
+        """Return the database's time and the hours of each of *key_ids* in the *span* before."""
+        return await self._database.read(
+            lambda connection: usage.read_all(connection, key_ids, span, self._now())
         )
 
     async def prune_usage(self) -> int:

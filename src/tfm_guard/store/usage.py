@@ -1,7 +1,7 @@
 """Adding what was counted to the usage of keys, reading it, and forgetting what is old."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple
@@ -108,6 +108,23 @@ async def read(
         .order_by(hours.hour)
     )
     return moment, [UsageHour(*row) for row in rows]
+
+
+async def read_all(
+    connection: AsyncConnection, key_ids: Collection[UUID], span: timedelta, now: Any
+) -> tuple[datetime, dict[UUID, list[UsageHour]]]:
+    """Return the database's time and the hours of each of *key_ids* in the *span* before."""
+    hours = schema.usage_hours.c
+    moment = (await connection.execute(select(now))).scalar_one()
+    rows = await connection.execute(
+        select(hours.key_id, hours.hour, hours.accepted, hours.refused)
+        .where(hours.key_id.in_(key_ids), hours.hour > moment - span)
+        .order_by(hours.hour)
+    )
+    found: dict[UUID, list[UsageHour]] = {key_id: [] for key_id in key_ids}
+    for key_id, *hour in rows:
+        found[key_id].append(UsageHour(*hour))
+    return moment, found
 
 
 def prunings(now: datetime) -> list[Delete]:
