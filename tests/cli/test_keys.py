@@ -238,6 +238,23 @@ def test_leaked_tokens_are_told_in_a_table(sqlite_url: str) -> None:
     assert nothing.stderr == "No token came on stdin; nothing was revoked.\n"
 
 
+def test_revoking_tells_of_a_process_that_did_not_answer(sqlite_url: str) -> None:
+    """Where a lease had to end the words say so, in place of that all have acknowledged it."""
+    token = create(sqlite_url)
+    execute(
+        sqlite_url,
+        "INSERT INTO tfm_workers (id, name, seen, turn, registered_at) "
+        "SELECT id, 'silent', 0, 0, created_at FROM tfm_keys LIMIT 1",
+    )
+    done = run(sqlite_url, "keys", "revoke", "--account", "acme", prefix(token))
+    assert done.exit_code == 0
+    assert re.fullmatch(
+        r"Revoked\. Refused everywhere after \d+\.\d s: not every process answered, "
+        r"and none can trust what it remembers any more\.\n",
+        done.stderr,
+    )
+
+
 def test_what_is_not_known_to_be_refused_ends_with_3(sqlite_url: str) -> None:
     """Where a process does not answer in time, the key is revoked, and the code asks to go on."""
     mine, other = create(sqlite_url), create(sqlite_url)
