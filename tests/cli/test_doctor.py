@@ -62,7 +62,7 @@ def test_for_people_it_is_a_table_with_advice_below(sqlite_url: str) -> None:
     assert [line.split()[0] for line in table.splitlines()] == [
         *("part", "settings", "database", "Redis", "argon2"),
     ]
-    assert [words.partition(":")[0] for words in advice] == ["Redis", "argon2"]
+    assert [words.partition(":")[0] for words in advice] == ["database", "Redis", "argon2"]
 
 
 def test_nothing_is_made(database_url: str) -> None:
@@ -70,7 +70,8 @@ def test_nothing_is_made(database_url: str) -> None:
     code, found = examine(database_url)
     assert code == 0
     if database_url.startswith("sqlite"):
-        assert "made when first used" in found["database"]["found"]
+        assert found["database"]["state"] == "advice"
+        assert "made when first used" in found["database"]["advice"]
         assert not Path(database_url.removeprefix("sqlite:///")).exists()
     else:
         assert "made when first used" in found["tables"]["found"]
@@ -103,6 +104,16 @@ def test_a_file_that_is_no_database_ends_with_1(tmp_path: Path) -> None:
     path.write_text("Dear Sir or Madam, " * 100)
     code, found = examine(f"sqlite:///{path}")
     assert (code, found["database"]["state"]) == (1, "wrong")
+
+
+def test_a_folder_that_is_missing_is_wrong(tmp_path: Path) -> None:
+    """A file that no command could make is told by its folder, which is not made."""
+    folder = tmp_path / "nowhere"
+    code, found = examine(f"sqlite:///{folder}/keys.db")
+    assert (code, found["database"]["state"]) == (1, "wrong")
+    assert found["database"]["found"] == f"the folder {folder} does not exist"
+    assert "make it" in found["database"]["advice"]
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ from tfm_guard.cli import main
 PROGRAM = Path(sys.executable).with_name("tfm-guard")
 CHEAP = {"TFM_GUARD_ARGON2_MEMORY_KIB": "8", "TFM_GUARD_ARGON2_TIME_COST": "1"}
 UNTAGGED = "tfm_k_00112233445566778899aabbccddeeff"
+NOT_FOUND = (
+    "tfm-guard: There is no such API key.\n"
+    "tfm-guard: KEY is the 8 digits after tfm_k_, or the id, of an active key of that account\n"
+)
 FORGED = "tfm_k_00112233445566778899aabbccddeeff0011223344556677"
 
 
@@ -54,12 +59,13 @@ def test_active_keys_are_listed(database_url: str) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     columns, *rows = result.stdout.splitlines()
     assert columns.split() == [
-        *("prefix", "name", "scopes", "created", "(UTC)", "last", "used", "expires"),
+        *("prefix", "name", "scopes", "created", "(UTC)", "last", "used", "expires", "status"),
     ]
     assert [row.split()[:3] for row in rows] == [
         [prefix(second), "Second", "send"],
         [prefix(first), "First", "send"],
     ]
+    assert [row.split()[-1] for row in rows] == ["never_used", "never_used"]
     none = run(database_url, "keys", "list", "--account", "nobody")
     assert (none.stdout, none.stderr) == ("", 'Account "nobody" has no active key.\n')
 
@@ -72,6 +78,7 @@ def test_lists_are_json_for_programs(sqlite_url: str) -> None:
     assert key["scopes"] == ["send"]
     assert key["created_at"].endswith("Z")
     assert (key["last_used_at"], key["expires_at"], key["replaced_by"]) == (None, None, None)
+    assert key["status"] == "never_used"
     assert json.loads(run(sqlite_url, "keys", "list", "--account", "x", "--json").stdout) == []
 
 
@@ -84,10 +91,15 @@ def test_a_key_is_shown_by_prefix_or_id(sqlite_url: str) -> None:
     words = run(sqlite_url, "keys", "show", "--account", "acme", prefix(token)).stdout
     assert f"key_prefix    {prefix(token)}\n" in words
     assert "scopes        send\n" in words
+    assert "status        never_used\n" in words
+    assert by_prefix["status"] == "never_used"
     for key in (prefix(token), by_prefix["id"]):
         foreign = run(sqlite_url, "keys", "show", "--account", "other", key)
         assert (foreign.exit_code, foreign.stdout) == (1, "")
-        assert foreign.stderr == "tfm-guard: There is no such API key.\n"
+        assert foreign.stderr == NOT_FOUND
+    for command in ("rotate", "revoke"):
+        none = run(sqlite_url, "keys", command, "--account", "other", prefix(token))
+        assert (none.exit_code, none.stderr) == (1, NOT_FOUND)
 
 
 def test_a_token_is_told_by_its_key(database_url: str) -> None:
@@ -129,13 +141,15 @@ def test_the_reason_of_a_refusal_is_told(database_url: str) -> None:
 
 
 def test_old_forms_are_told(sqlite_url: str, tmp_path: Path) -> None:
-    """A token without a tag is refused for its form, with its key, unless such are accepted."""
+    """A token without a tag is refused with its key and the setting that would accept it."""
     digest = hashlib.sha256(UNTAGGED.encode()).hexdigest()
     file = tmp_path / "keys.csv"
     file.write_text(f"prefix,account,name,scopes,hash\n00112233,acme,Old,send,{digest}\n")
     assert run(sqlite_url, "keys", "import", str(file)).exit_code == 0
     code, told = verify(sqlite_url, UNTAGGED)
-    assert (code, told["reason"], told["key"]["name"]) == (1, "not of the form of a key", "Old")
+    assert (code, told["key"]["name"]) == (1, "Old")
+    assert "TFM_GUARD_ACCEPT_UNTAGGED_TOKENS is not true here" in told["reason"]
+    assert "TFM_GUARD" not in verify(sqlite_url, UNTAGGED[:-1] + "e")[1]["reason"]
     accepting = {"TFM_GUARD_ACCEPT_UNTAGGED_TOKENS": "true"}
     assert verify(sqlite_url, UNTAGGED, **accepting)[0] == 0
     wrong = UNTAGGED[:-1] + "e"
@@ -149,12 +163,16 @@ def test_revoking_says_how_it_was_made_sure(database_url: str) -> None:
     first, second = create(database_url), create(database_url)
     done = run(database_url, "keys", "revoke", "--account", "acme", prefix(first))
     assert (done.exit_code, done.stdout) == (0, "")
-    assert done.stderr.startswith("Revoked. Refused everywhere after ")
+    assert re.fullmatch(
+        r"Revoked\. Refused everywhere after \d+ ms: "
+        r"the only process has acknowledged it\.\n",
+        done.stderr,
+    )
     told = run(database_url, "keys", "revoke", "--account", "acme", prefix(second), "--json")
     assert json.loads(told.stdout).keys() == {"how", "workers", "seconds"}
     assert json.loads(told.stdout)["how"] == "acknowledged"
     again = run(database_url, "keys", "revoke", "--account", "acme", prefix(second))
-    assert (again.exit_code, again.stderr) == (1, "tfm-guard: There is no such API key.\n")
+    assert (again.exit_code, again.stderr) == (1, NOT_FOUND)
     actors = execute(database_url, "SELECT actor FROM tfm_audit WHERE action = 'api_key.revoked'")
     assert actors == [("command_line",)] * 2
 
@@ -191,6 +209,22 @@ def test_leaked_tokens_are_revoked_whosoever_they_are(database_url: str, tmp_pat
     assert execute(database_url, live) == [(0,)]
 
 
+def test_leaked_tokens_are_found_within_lines(sqlite_url: str) -> None:
+    """Of a line with other text each token is taken once; a prefix with its mark is none."""
+    first, second = create(sqlite_url), create(sqlite_url)
+    lines = [f'app.py:12: KEY = "{first}"  # {first}, {second}', f"log: tfm_k_{prefix(first)}…"]
+    result = run(sqlite_url, "keys", "revoke", "--leaked", "--json", stdin="\n".join(lines))
+    told = [
+        (leak["line"], leak["outcome"], leak["key_prefix"]) for leak in json.loads(result.stdout)
+    ]
+    assert told == [
+        (1, "revoked", prefix(first)),
+        (1, "revoked", prefix(second)),
+        (2, "unknown", None),
+    ]
+    assert "app.py" not in result.output
+
+
 def test_leaked_tokens_are_told_in_a_table(sqlite_url: str) -> None:
     """Without --json the same is a table; the code is 0 if every token was of a key."""
     token = create(sqlite_url)
@@ -200,7 +234,25 @@ def test_leaked_tokens_are_told_in_a_table(sqlite_url: str) -> None:
     assert columns.split() == ["line", "prefix", "outcome", "account", "name", "reason"]
     assert [row.split()[:2] for row in rows] == [["1", prefix(token)], ["2", prefix(token)]]
     nothing = run(sqlite_url, "keys", "revoke", "--leaked")
-    assert (nothing.exit_code, nothing.output) == (0, "")
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert nothing.stderr == "No token came on stdin; nothing was revoked.\n"
+
+
+def test_revoking_tells_of_a_process_that_did_not_answer(sqlite_url: str) -> None:
+    """Where a lease had to end the words say so, in place of that all have acknowledged it."""
+    token = create(sqlite_url)
+    execute(
+        sqlite_url,
+        "INSERT INTO tfm_workers (id, name, seen, turn, registered_at) "
+        "SELECT id, 'silent', 0, 0, created_at FROM tfm_keys LIMIT 1",
+    )
+    done = run(sqlite_url, "keys", "revoke", "--account", "acme", prefix(token))
+    assert done.exit_code == 0
+    assert re.fullmatch(
+        r"Revoked\. Refused everywhere after \d+\.\d s: not every process answered, "
+        r"and none can trust what it remembers any more\.\n",
+        done.stderr,
+    )
 
 
 def test_what_is_not_known_to_be_refused_ends_with_3(sqlite_url: str) -> None:
@@ -243,7 +295,7 @@ def test_a_key_is_rotated(database_url: str) -> None:
     new = done.stdout.removesuffix("\n")
     assert done.stderr == (
         f'The key "CI" ({prefix(new)}) of account "acme" takes the place of {prefix(old)}, '
-        "which works on for 2:00:00.\nKeep its token now: it is not shown again.\n"
+        "which works on for 2 hours.\nKeep its token now: it is not shown again.\n"
     )
     assert [verify(database_url, token)[0] for token in (old, new)] == [0, 0]
     (successor, replaced) = json.loads(
@@ -253,6 +305,23 @@ def test_a_key_is_rotated(database_url: str) -> None:
     again = run(database_url, *rotate, prefix(old))
     assert (again.exit_code, again.stdout) == (1, "")
     assert run(database_url, "db", "check").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("grace", "words"),
+    [
+        ("0m", "ends at once"),
+        ("90m", "works on for 90 minutes"),
+        ("60m", "works on for 1 hour"),
+        ("24h", "works on for 1 day"),
+        ("7d", "works on for 7 days"),
+    ],
+)
+def test_a_grace_is_told_in_words(sqlite_url: str, grace: str, words: str) -> None:
+    """The grace is told in the largest unit of which it is a whole number."""
+    old = prefix(create(sqlite_url))
+    done = run(sqlite_url, "keys", "rotate", "--account", "acme", old, "--grace", grace)
+    assert f"takes the place of {old}, which {words}.\n" in done.stderr
 
 
 def test_a_rotated_key_is_json_for_programs(sqlite_url: str) -> None:
@@ -318,6 +387,11 @@ def test_what_cannot_be_meant_ends_with_2(sqlite_url: str, arguments: tuple[str,
         ("keys", "create", "--account", "acme", "--name", f"my {UNTAGGED.upper()[6:]} {UNTAGGED}"),
         (UNTAGGED,),
         ("prove", f"http://127.0.0.1/{FORGED}"),
+        ("keys", "verify", FORGED.upper()),
+        ("keys", "show", "--account", "acme", UNTAGGED[6:]),
+        ("keys", "show", f"--account={UNTAGGED[6:]}"),
+        ("keys", "create", "--account", "acme", "--name", FORGED[6:46]),
+        ("keys", "revoke", "--account", "acme", FORGED[6:]),
     ],
 )
 def test_a_token_among_the_arguments_is_refused(
@@ -327,8 +401,18 @@ def test_a_token_among_the_arguments_is_refused(
     result = run(sqlite_url, *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "rotate or revoke it" in result.stderr
-    assert UNTAGGED[14:] not in result.stderr
+    assert UNTAGGED[14:] not in result.stderr.lower()
     assert not Path(sqlite_url.removeprefix("sqlite:///")).exists()
+
+
+@pytest.mark.parametrize(
+    "account",
+    ["00112233", "6f1c3c1e-3c0f-4a52-9a55-0d9f6c1b2a77", "6f1c3c1e3c0f4a529a550d9f6c1b2a77"],
+)
+def test_an_id_is_not_taken_for_a_token(sqlite_url: str, account: str) -> None:
+    """Prefixes and UUIDs, with hyphens or without, may stand among the arguments."""
+    result = run(sqlite_url, "keys", "list", f"--account={account}")
+    assert (result.exit_code, result.stderr) == (0, f'Account "{account}" has no active key.\n')
 
 
 @pytest.mark.parametrize("stdin", ["", "one two", "\u00e9"])
