@@ -212,12 +212,16 @@ async def test_active_keys_are_counted_like_they_are_listed(
     store: Store, database_url: str
 ) -> None:
     """Revoked, expired and replaced keys take no room."""
-    await create_key(store, "00000001")
+    successor = await create_key(store, "00000001")
     await create_key(store, "00000002", expires_at=datetime.now(UTC) - timedelta(seconds=1))
     replaced = await create_key(store, "00000003")
     assert await store.transact(lambda t: t.count_active_keys("acme")) == (2, [])
     keys = schema.keys
-    execute(database_url, keys.update().where(keys.c.id == replaced.id).values(replaced_by=uuid4()))
+    rotated = keys.update().where(keys.c.id == replaced.id).values(replaced_by=successor.id)
+    execute(database_url, rotated)
+    assert await store.transact(lambda t: t.count_active_keys("acme")) == (1, [])
+    # Without its successor it is not one of a pair.
+    await revoke_key(store, successor)
     assert await store.transact(lambda t: t.count_active_keys("acme")) == (1, [])
     assert await store.transact(lambda t: t.count_active_keys("another")) == (0, [])
 

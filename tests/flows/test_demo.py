@@ -38,9 +38,13 @@ LIFE = [
 ]
 
 
+# All are errors; but a file may be left open where a signal comes in the midst of an import.
+WARNINGS = "error,ignore:unclosed file:ResourceWarning"
+
+
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     """Return variables in which *folder* is where temporary files go."""
-    return {"TMPDIR": str(folder), "PYTHONWARNINGS": "error", **variables}
+    return {"TMPDIR": str(folder), "PYTHONWARNINGS": WARNINGS, **variables}
 
 
 def run_demo(

@@ -10,7 +10,15 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import select
 
-from tests.support.guards import create, local_of, new_guard, prepare, refusal, verifier_of
+from tests.support.guards import (
+    create,
+    local_of,
+    new_guard,
+    prepare,
+    refusal,
+    verifier_of,
+    wrong_secret,
+)
 from tests.support.sql import execute
 from tfm_guard import Guard
 from tfm_guard.errors import InvalidInput, KeyNotFound
@@ -39,13 +47,6 @@ async def verify(guard: Guard, created: CreatedKey, times: int = 1) -> None:
         await guard.verify(created.token)
 
 
-def wrong_secret(guard: Guard, created: CreatedKey) -> str:
-    """Return a token with the prefix of a key, another secret, and the right tag."""
-    tagger = verifier_of(guard)._tagger  # noqa: SLF001  # nothing else leads inside
-    token: bytes = tagger.mint(bytes.fromhex(created.key.key_prefix) + b"another secret..")
-    return token.decode()
-
-
 async def test_every_way_to_accept_a_key_counts(database_url: str) -> None:
     """From the database, from memory, and read anew once all is forgotten: each is one."""
     await prepare(database_url)
@@ -72,7 +73,7 @@ async def test_every_refusal_of_a_known_key_counts(database_url: str) -> None:
     await prepare(database_url)
     async with new_guard(database_url) as guard:
         created = await create(guard)
-        wrong = wrong_secret(guard, created)
+        wrong = wrong_secret(guard, created.key.key_prefix)
         assert await refusal(guard, wrong) == "wrong secret"  # found in the database
         assert await refusal(guard, wrong) == "wrong secret"  # the key is in memory now
         local_of(guard).clear()
@@ -271,7 +272,7 @@ async def test_usage_is_shown_in_full_ranges(sqlite_url: str) -> None:
         for hours in (0, 11, 13, 24, 24 * 7, 24 * 40):
             clock.advance(hours * 3600)
             await verify(guard, created, 1)
-            await refusal(guard, wrong_secret(guard, created))
+            await refusal(guard, wrong_secret(guard, created.key.key_prefix))
             await usage_of(guard).flush()
         now = clock.now()  # 10:40, 49 days later
         assert now == datetime(2030, 4, 19, 10, 40, tzinfo=UTC)

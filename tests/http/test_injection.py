@@ -129,6 +129,8 @@ ELSEWHERE: Final = {
     "accounts.AccountManager._on.run": "the same",
     "store.usage.read": "Database.read is meant",
     "usage.Usage.close": "the others' close is meant",
+    "http.console.app.ConsoleApp._rows": "the coalescer's is meant",
+    "guard.Guard.console.form_keys": "the page alone has forms",
     "usage.Usage._write": "the shared cache's is meant",
     "http.management.ManagementApp._usage": "the verifier's counting is meant",
     "signs.Signs.stop": "it is started last, and so never stopped because opening failed",

@@ -68,6 +68,7 @@ with signed_in("session-of-7") as manager:
     assert code(manager.post(KEYS + "self/revoke")) == (401, "missing_credentials")
 
     member = signed_in("session-of-8")
+    member.portal = manager.portal  # in the same event loop
     for seen in (KEYS, path + "/usage", "/console/v1/audit-log"):
         assert member.get(seen).status_code == 200
     for method, refused in (

@@ -503,6 +503,8 @@ DIRECTED: dict[str, Directed] = {
 
 # What a search meets only once in some 100,000 steps or more; `make breaks` is for these.
 RARE: Final = {
+    "a key in its grace is rotated again",
+    "revoking takes an unreadable register for an empty one",
     "suspending again does not join the wait",
     "the register's link is whatever server the URL led to",
     "a created key is not made known",

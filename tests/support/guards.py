@@ -103,6 +103,13 @@ def verifier_of(guard: Guard) -> Any:
     return guard._parts.verifier  # noqa: SLF001
 
 
+def wrong_secret(guard: Guard, prefix: str) -> str:
+    """Return a token with that prefix, a secret that nobody has, and the right tag."""
+    tagger = verifier_of(guard)._tagger  # noqa: SLF001  # nothing else leads inside
+    token: bytes = tagger.mint(bytes.fromhex(prefix) + b"another secret..")
+    return token.decode()
+
+
 def store_of(guard: Guard) -> Store:
     """Return the store of a guard."""
     return guard._store  # noqa: SLF001

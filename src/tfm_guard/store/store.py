@@ -328,8 +328,8 @@ class Store:
             await self._begin(connection)
             await connection.execute(
                 update(schema.keys)
-                # Of one that is revoked, and perhaps erased, nothing more is kept.
-                .where(schema.keys.c.id == key_id, schema.keys.c.revoked_at.is_(None))
+                # Of one that was erased meanwhile, nothing more is kept.
+                .where(schema.keys.c.id == key_id, schema.keys.c.account_id != ERASED_ACCOUNT)
                 .values(digest=digest, digest_key_id=digest_key_id)
             )
 
