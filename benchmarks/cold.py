@@ -55,8 +55,8 @@ async def measure_one_key(url: str, redis: str | None) -> list[Figure]:
     kind = url.partition(":")[0]
     async with Guard.from_urls(database=url, redis=redis) as guard:
         made, imported = make_keys(guard, 2)
-        insert(url, guard, [made])
-        insert(url, guard, [imported], secret_hash=PasswordHasher().hash(imported.token))
+        await insert(guard, [made])
+        await insert(guard, [imported], secret_hash=PasswordHasher().hash(imported.token))
     # Opened anew: a flood of requests finds a process that has just started.
     async with Guard.from_urls(database=url, redis=redis) as guard:
         figures += await count_of_one(guard, made, f"a key, {kind}", 0)
@@ -68,7 +68,7 @@ async def prepare(url: str, redis: str, count: int) -> list[MadeKey]:
     """Insert so many keys and return them."""
     async with Guard.from_urls(database=url, redis=redis) as guard:
         keys = list(make_keys(guard, count))
-        insert(url, guard, keys)
+        await insert(guard, keys)
     return keys
 
 

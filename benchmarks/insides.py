@@ -1,5 +1,6 @@
 """Ways into an open guard that nothing but a benchmark needs, and keys that are made for it."""
 
+import asyncio
 import random
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -78,8 +79,10 @@ def make_keys(guard: Guard, count: int) -> Iterator[MadeKey]:
         yield MadeKey(token, prefix_of(token), digest(token), key_id, account, f"CI {prefix}")
 
 
-def insert(url: str, guard: Guard, keys: Iterable[MadeKey], *, secret_hash: str | None = None) -> None:
-    """Insert *keys* into the database at *url*, with their digests, or else with *secret_hash*."""
+async def insert(
+    guard: Guard, keys: Iterable[MadeKey], *, secret_hash: str | None = None
+) -> None:
+    """Insert *keys* into the database of *guard*, with their digests, or else with *secret_hash*."""
     now = datetime.now(UTC)
     common = {
         "secret_hash": secret_hash or "",
@@ -101,6 +104,11 @@ def insert(url: str, guard: Guard, keys: Iterable[MadeKey], *, secret_hash: str 
         for key in keys
     ]
     accounts = [{"id": each, "plan": "free"} for each in {row["account_id"] for row in rows}]
-    with engine_for(url).begin() as connection:
-        connection.execute(schema.accounts.insert(), accounts)
-        connection.execute(schema.keys.insert(), rows)
+
+    def run() -> None:
+        with engine_for(guard.settings.database_url).begin() as connection:
+            connection.execute(schema.accounts.insert(), accounts)
+            connection.execute(schema.keys.insert(), rows)
+
+    # Not in the event loop, which the guard's own transactions need to come to an end.
+    await asyncio.to_thread(run)

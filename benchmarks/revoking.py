@@ -161,7 +161,7 @@ def revoke_among(count: int, database: str, redis: str, revocations: int) -> Out
     async def prepare() -> list[MadeKey]:
         async with Guard.from_urls(database=database, redis=redis) as guard:
             keys = list(make_keys(guard, revocations))
-            insert(database, guard, keys)
+            await insert(guard, keys)
             return keys
 
     keys = asyncio.run(prepare())
