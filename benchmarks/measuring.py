@@ -130,6 +130,7 @@ class Result:
     s_ns: float
     figures: list[Figure]
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
