@@ -6,10 +6,10 @@ count only while the process is fresh; the store always does. `recall` is the wa
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from hmac import compare_digest
+from types import TracebackType
 from typing import Final
 from uuid import UUID
 
@@ -93,7 +93,7 @@ class Verifier:
             self._counters.negative_hits += 1
             raise self._denied(denial)
         negative_epoch = self._negative.epoch
-        async with _deadline():
+        async with _Deadline():
             found = await self._reader.find(prefix_of(token))
             if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
                 found = self._reader.proven(found, digest)
@@ -115,7 +115,7 @@ class Verifier:
         now = self._clock.monotonic()
         if remembered is not None and now < min(self._freshness.fresh_until, remembered.deadline):
             return _covers(remembered.key.key_id, remembered.key.scopes, key)
-        async with _deadline():
+        async with _Deadline():
             found = await self._reader.find(key.key_prefix)
         if isinstance(found, Unproven):
             return _why_inactive(found.row) is None and _covers(found.row.id, found.row.scopes, key)
@@ -277,14 +277,25 @@ def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call wou
     return recall
 
 
-@asynccontextmanager
-async def _deadline() -> AsyncIterator[None]:
-    """Break the block off when its time is over, and raise `Unavailable`."""
-    try:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            yield
-    except TimeoutError:
-        raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+class _Deadline:
+    """Breaks its block off when its time is over, and raises `Unavailable`."""
+
+    def __init__(self) -> None:
+        self._timeout = asyncio.timeout(DEADLINE_SECONDS)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
 
 
 _SHARED_DENIALS: Final = 4096
