@@ -58,16 +58,13 @@ def without_counting(guarded: Any) -> Recall:
     names: dict[str, Any] = dict(vars(verifier))
     exec(source.replace(COUNTING, "\n"), names)  # noqa: S102  # our own code
     make: Callable[..., Recall] = names["_warm_path"]
-    of_whom = inspect.signature(make).parameters
-    parts = {
-        "local": guarded._local,  # noqa: SLF001
-        "freshness": guarded._freshness,  # noqa: SLF001
-        "digest_key": guarded._digest_keys.current,  # noqa: SLF001
-        "check_form": guarded._check_form,  # noqa: SLF001
-        "usage": guarded._usage,  # noqa: SLF001
-        "clock": guarded._clock,  # noqa: SLF001
-    }
-    return make(**{name: parts[name] for name in of_whom})
+    return make(
+        guarded._local,  # noqa: SLF001
+        guarded._freshness,  # noqa: SLF001
+        guarded._digest_keys.current,  # noqa: SLF001
+        guarded._refuse_wrong,  # noqa: SLF001
+        guarded._clock,  # noqa: SLF001
+    )
 
 
 async def measure_hits(guard: Guard, length: Length) -> tuple[float, list[Figure]]:

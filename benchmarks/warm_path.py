@@ -34,6 +34,7 @@ from tfm_guard import APIKeyMiddleware, Guard
 from tfm_guard.errors import InvalidToken
 
 CALLS = 2_000  # in each round
+CALLS_REFUSED = 500
 SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 
 
@@ -42,19 +43,34 @@ def with_other_secret(token: bytes) -> bytes:
     return token[:14] + bytes(reversed(token[14:46])) + token[46:]
 
 
-async def time_to_refuse(guard: Guard, token: bytes, calls: int) -> float:
-    """Return the seconds in which `verify` comes to refuse *token*."""
+async def time_to_verify(guard: Guard, token: bytes) -> float:
+    """Return the seconds in which `verify` comes to refuse a forged *token*."""
     refused = 0
     started = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(CALLS_REFUSED):
         try:
             await guard.verify(token)
         except InvalidToken:
             refused += 1
-    seconds = (time.perf_counter() - started) / calls
-    if refused != calls:
+    return _checked(time.perf_counter() - started, refused)
+
+
+async def time_to_recall(guard: Guard, token: bytes) -> float:
+    """Return the seconds in which memory alone comes to refuse a wrong *token*."""
+    headers, refused = request(b"Bearer " + token)["headers"], 0
+    started = time.perf_counter()
+    for _ in range(CALLS_REFUSED):
+        try:
+            guard.recall(headers)
+        except InvalidToken:
+            refused += 1
+    return _checked(time.perf_counter() - started, refused)
+
+
+def _checked(seconds: float, refused: int) -> float:
+    if refused != CALLS_REFUSED:
         raise SystemExit("a token that is of no key was accepted")
-    return seconds
+    return seconds / CALLS_REFUSED
 
 
 async def measure_rounds(guard: Guard, length: Length) -> tuple[Result, int]:
@@ -72,7 +88,7 @@ async def measure_rounds(guard: Guard, length: Length) -> tuple[Result, int]:
         s = time_of_s()
         bare = await time_of_calls(app, good, CALLS)
         warm = await time_of_calls(guarded, good, CALLS)
-        refusals = [await time_to_refuse(guard, bad, CALLS // 4) for bad in (forged, wrong)]
+        refusals = [await time_to_verify(guard, forged), await time_to_recall(guard, wrong)]
         answers = [await time_of_calls(guarded, scope, CALLS // 20) for scope in scopes]
         rounds.append((s, bare, warm, *refusals, *answers))
         await asyncio.sleep(0)  # the lease is renewed by a task of the guard

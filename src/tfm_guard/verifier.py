@@ -19,7 +19,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing
-from tfm_guard.local_cache import Denial, LocalCache, NegativeCache
+from tfm_guard.local_cache import Denial, LocalCache, LocalEntry, NegativeCache
 from tfm_guard.reader import KeyReader, Known, Unproven
 from tfm_guard.records import Change, Explanation, StoredKey, VerifiedKey
 from tfm_guard.store import Store
@@ -40,6 +40,7 @@ DEADLINE_SECONDS: Final = 1.0
 _RENEWALS: Final = 4
 _SUSPENDED: Final = "account suspended"
 _NO_KEY: Final = "not of the form of a key"
+_FORGED: Final = "tag does not match"
 _UNKNOWN: Final = "unknown prefix"
 _WRONG: Final = "wrong secret"
 
@@ -77,9 +78,7 @@ class Verifier:
         self._counters = counters
         self._proofs: dict[bytes, asyncio.Task[bool]] = {}
         self._renewals: set[asyncio.Task[None]] = set()
-        self.recall = _warm_path(
-            local, freshness, digest_keys.current, self._check_form, usage, clock
-        )
+        self.recall = _warm_path(local, freshness, digest_keys.current, self._refuse_wrong, clock)
         freshness.listen(on_change=self._apply, on_flush=self._forget_everything)
 
     def __repr__(self) -> str:
@@ -153,9 +152,21 @@ class Verifier:
         """Refuse what cannot be a key, before anything is asked about it."""
         if is_tagged(token):
             if not self._tagger.holds(token):
-                raise InvalidToken("tag does not match")
+                raise InvalidToken(_FORGED)
         elif not (self._accept_untagged and is_untagged(token)):
             raise InvalidToken(_NO_KEY)
+
+    def _refuse_wrong(self, token: bytes, entry: LocalEntry) -> None:
+        """Refuse what looks like a key with the prefix of *entry*, which it is not."""
+        if is_tagged(token):
+            if not self._tagger.holds(token):
+                raise InvalidToken(_FORGED)
+        elif not is_untagged(token):
+            return  # anything may have stood there
+        elif not self._accept_untagged:
+            raise InvalidToken(_NO_KEY)
+        self._usage.refuse(entry.key_id)
+        raise InvalidToken(_WRONG)
 
     def _refusal(self, denial: Denial, digest: bytes, negative_epoch: int) -> InvalidToken:
         # A suspension may end, and then its keys are good at once; the other reasons are for good,
@@ -224,8 +235,7 @@ def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call wou
     local: LocalCache,
     freshness: Freshness,
     digest_key: DigestKey,
-    check_form: Callable[[bytes], None],
-    usage: Usage,
+    refuse_wrong: Callable[[bytes, LocalEntry], None],
     clock: Clock,
 ) -> Callable[[Headers], VerifiedKey | None]:
     """Make the function that most requests need and nothing else.
@@ -261,12 +271,8 @@ def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call wou
         mac.update(value)
         key = entry.key
         if not compare_digest(mac.digest(), key.record[:16]):  # the digest
-            # Anything may have stood there, and only what looks like a key is a wrong one.
-            token = value[7:]
-            if value.startswith(b"Bearer ") and (is_tagged(token) or is_untagged(token)):
-                check_form(token)
-                usage.refuse(entry.key_id)
-                raise InvalidToken(_WRONG)
+            if value.startswith(b"Bearer "):
+                refuse_wrong(value[7:], entry)
             return None
         if not entry.hits:
             note_used(entry)
