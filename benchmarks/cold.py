@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from argon2 import PasswordHasher
 
-from benchmarks.insides import MadeKey, insert, is_linked, local_of, make_keys
+from benchmarks.insides import MadeKey, insert, linked, local_of, make_keys
 from benchmarks.measuring import Figure, Length, Result, figure_of, median_s, run
 from benchmarks.shared_cache import LOOPS
 from tests.support.postgres import PostgresServer
@@ -75,8 +75,7 @@ async def prepare(url: str, redis: str, count: int) -> list[MadeKey]:
 async def restart(url: str, redis: str, keys: Sequence[MadeKey]) -> tuple[float, int]:
     """Return how many keys a second a new guard verifies, and how often it computed argon2."""
     async with Guard.from_urls(database=url, redis=redis) as guard:
-        while not is_linked(guard):
-            await asyncio.sleep(0.01)
+        await linked(guard)
         tokens = iter([key.token for key in keys])
         started = time.perf_counter()
         while batch := list(itertools.islice(tokens, TOGETHER)):
@@ -118,7 +117,11 @@ def measure_restarts(url: str, server: RedisServer, length: Length) -> list[Figu
 def measure(length: Length) -> Result:
     """Return all that is measured."""
     result = Result(subject="cold", s_ns=median_s() * 1e9, figures=[])
-    with RedisServer() as redis, PostgresServer() as postgres, tempfile.TemporaryDirectory() as folder:
+    with (
+        RedisServer() as redis,
+        PostgresServer() as postgres,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         result.figures += asyncio.run(measure_one_key(f"sqlite:///{folder}/keys.db", None))
         url = postgres.create_database("one_key")
         result.figures += asyncio.run(measure_one_key(url, redis.url))

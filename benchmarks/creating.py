@@ -78,9 +78,7 @@ async def measure_on(url: str, length: Length) -> list[Figure]:
             unit="ms",
             most=HELD_MS_AT_MOST,
         ),
-        figure_of(
-            (row[2] for row in rows), target="", name=f"keys created, {kind}", unit="keys/s"
-        ),
+        figure_of((row[2] for row in rows), target="", name=f"keys created, {kind}", unit="keys/s"),
     ]
 
 

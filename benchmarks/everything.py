@@ -13,10 +13,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.measuring import HEADINGS, Result, from_json, markdown, row_of, table
 from benchmarks.plots import Axis, line_chart
@@ -53,7 +53,9 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     system = dict(
-        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
+        line.split("=", 1)
+        for line in Path("/etc/os-release").read_text().splitlines()
+        if "=" in line
     )
     return {
         "cores": os.cpu_count(),
@@ -76,8 +78,10 @@ def report(results: list[Result], about: Mapping[str, Any]) -> str:
     """Return the results as a page in Markdown."""
     parts = [
         f"# Results\n\nMade by `{COMMAND}` on {outline(about)}, in {about['seconds']:.0f} s.\n",
-        "S is the time of one SHA-256 of a token in the same process; what each target means, and "
-        "how it is measured, is in [docs/performance.md](../../docs/performance.md).\n",
+        (
+            "S is the time of one SHA-256 of a token in the same process; what each target means, "
+            "and how it is measured, is in [docs/performance.md](../../docs/performance.md).\n"
+        ),
     ]
     missed = [figure for result in results for figure in result.missed]
     told = ", ".join(f"{figure.target} ({figure.name})" for figure in missed) or "none"
@@ -90,42 +94,60 @@ def report(results: list[Result], about: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def named(curves: Mapping[str, Any], beginning: str) -> dict[str, Any]:
-    """Return the curves whose names begin so, under the rest of their names."""
-    return {
-        name.removeprefix(beginning): points
-        for name, points in curves.items()
-        if name.startswith(beginning)
-    }
+class Plot(NamedTuple):
+    """A plot: where its lines come from, the curves whose names begin so, and its axes."""
+
+    title: str
+    subject: str
+    beginning: str
+    across: Axis
+    up: Axis
+    in_percent: bool = False
 
 
-def plot(name: str, curves: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the plot of that *name*, of *curves* by subject."""
-    percent = Axis("percent of the requests that take no longer")
-    if name == "latency":
-        lines = named(curves[CONTEST], "latency: ")
-        lines = {who: [(100 * share, time) for share, time in at] for who, at in lines.items()}
-        return line_chart("A request in the process, in S", lines, across=percent, up=Axis("S", True))  # noqa: FBT003
-    if name == "throughput":
-        lines = named(curves[CONTEST], "served: ")
-        across = Axis("connections", logarithmic=True)
-        return line_chart(
-            "Requests a second behind uvicorn",
-            lines,
-            across=across,
-            up=Axis("requests/s", logarithmic=True),
-        )
-    if name == "keys":
-        across = Axis("keys in memory", logarithmic=True)
-        return line_chart("A hit in memory, in S", curves["local_cache"], across=across, up=Axis("S"))
+PLOTS = {
+    "latency": Plot(
+        "A request in the process, in S",
+        CONTEST,
+        "latency: ",
+        Axis("percent of the requests that take no longer"),
+        Axis("S", logarithmic=True),
+        in_percent=True,
+    ),
+    "throughput": Plot(
+        "Requests a second behind uvicorn",
+        CONTEST,
+        "served: ",
+        Axis("connections", logarithmic=True),
+        Axis("requests/s", logarithmic=True),
+    ),
+    "keys": Plot(
+        "A hit in memory, in S",
+        "local_cache",
+        "",
+        Axis("keys in memory", logarithmic=True),
+        Axis("S"),
+    ),
+    "revoking": Plot(
+        "Until a key is refused everywhere",
+        "revoking",
+        "",
+        Axis("percent of the revocations that take no longer"),
+        Axis("ms", logarithmic=True),
+        in_percent=True,
+    ),
+}
+
+
+def drawn(plot: Plot, curves: Mapping[str, Any]) -> str | None:
+    """Return *plot* with those of the *curves* that it is of; none if there are none."""
+    factor = 100 if plot.in_percent else 1
     lines = {
-        who: [(100 * share, time) for share, time in at] for who, at in curves["revoking"].items()
+        name.removeprefix(plot.beginning): [(factor * across, up) for across, up in points]
+        for name, points in curves.items()
+        if name.startswith(plot.beginning)
     }
-    percent = Axis("percent of the revocations that take no longer")
-    return line_chart("Until a key is refused everywhere", lines, across=percent, up=Axis("ms"))
-
-
-PLOTS = ("latency", "throughput", "keys", "revoking")
+    return line_chart(plot.title, lines, across=plot.across, up=plot.up) if lines else None
 
 
 def write(folder: Path, results: list[Result], about: Mapping[str, Any]) -> None:
@@ -135,9 +157,9 @@ def write(folder: Path, results: list[Result], about: Mapping[str, Any]) -> None
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / "results.md").write_text(report(results, about))
     curves = {result.subject: result.curves for result in results}
-    for name in PLOTS:
-        if options_have(curves, name):
-            (folder / f"{name}.svg").write_text(plot(name, curves))
+    for name, plot in PLOTS.items():
+        if (picture := drawn(plot, curves[plot.subject])) is not None:
+            (folder / f"{name}.svg").write_text(picture)
 
 
 def main() -> None:

@@ -2,13 +2,13 @@
 
 import asyncio
 import time
-from contextlib import AbstractAsyncContextManager
 from types import TracebackType
+from typing import Self
 
 _EVERY_SECONDS = 0.001
 
 
-class Held(AbstractAsyncContextManager["Held"]):
+class Held:
     """Wakes once a millisecond, and keeps by how much it came too late at the most.
 
     Whatever keeps it waiting counts: a callback that does not return, a thread that holds the
@@ -19,7 +19,7 @@ class Held(AbstractAsyncContextManager["Held"]):
         self.longest = 0.0  # seconds
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "Held":
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._watch())
         await asyncio.sleep(0)
         return self

@@ -61,6 +61,12 @@ def is_linked(guard: Guard) -> bool:
     return freshness_of(guard)._link_counts  # noqa: SLF001
 
 
+async def linked(guard: Guard) -> None:
+    """Return once changes arrive over Redis."""
+    while not is_linked(guard):  # noqa: ASYNC110  # no event tells
+        await asyncio.sleep(0.01)
+
+
 def digest_key_of(guard: Guard) -> DigestKey:
     """Return the key of the digests of an open guard's installation."""
     key: DigestKey = verifier_of(guard)._digest_keys.current  # noqa: SLF001
@@ -79,10 +85,8 @@ def make_keys(guard: Guard, count: int) -> Iterator[MadeKey]:
         yield MadeKey(token, prefix_of(token), digest(token), key_id, account, f"CI {prefix}")
 
 
-async def insert(
-    guard: Guard, keys: Iterable[MadeKey], *, secret_hash: str | None = None
-) -> None:
-    """Insert *keys* into the database of *guard*, with their digests, or else with *secret_hash*."""
+async def insert(guard: Guard, keys: Iterable[MadeKey], *, secret_hash: str | None = None) -> None:
+    """Insert *keys* into the database of *guard*, with digests, or else with *secret_hash*."""
     now = datetime.now(UTC)
     common = {
         "secret_hash": secret_hash or "",

@@ -47,7 +47,7 @@ class _Client(asyncio.Protocol):
             if self._transport is not None and not self._stopping:
                 self._transport.write(self._request)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, _error: Exception | None) -> None:
         self._transport = None
 
     def stop(self) -> None:

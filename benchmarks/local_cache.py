@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.insides import SEED, MadeKey, freshness_of, local_of, make_keys
-from benchmarks.measuring import Figure, Length, Result, figure_of, median_s, percentile, run, spread
+from benchmarks.measuring import (
+    Figure,
+    Length,
+    Result,
+    figure_of,
+    median_s,
+    percentile,
+    run,
+    spread,
+)
 from tfm_guard import Guard
 from tfm_guard.clock import SystemClock
 from tfm_guard.reader import _credentials, _whole_second
@@ -90,7 +99,9 @@ def zipf(count: int, draws: int) -> list[int]:
     return [bisect.bisect(sums, dice.random() * sums[-1]) for _ in range(draws)]
 
 
-def time_hits(recall: Callable[..., object], tokens: bytearray, numbers: Iterable[int]) -> list[float]:
+def time_hits(
+    recall: Callable[..., object], tokens: bytearray, numbers: Iterable[int]
+) -> list[float]:
     """Return the seconds of each hit on the tokens of those *numbers*, with reading the clock."""
     clock, times = time.perf_counter, []
     for number in numbers:
@@ -160,9 +171,15 @@ def figures_of(found: Sequence[Memory]) -> list[Figure]:
     what = f"{most.keys:,} keys"
     pause = (min(most.pauses) - min(one.pauses)) * 1e3
     return [
-        Figure(target="T3", name=f"{what}: median hit, of that of 1", value=slower, unit="×", most=2),
         Figure(
-            target="T3", name=f"{what}: memory of a key", value=each, unit="bytes", most=BYTES_AT_MOST
+            target="T3", name=f"{what}: median hit, of that of 1", value=slower, unit="×", most=2
+        ),
+        Figure(
+            target="T3",
+            name=f"{what}: memory of a key",
+            value=each,
+            unit="bytes",
+            most=BYTES_AT_MOST,
         ),
         Figure(
             target="T3",
@@ -179,7 +196,10 @@ def figures_of(found: Sequence[Memory]) -> list[Figure]:
             most=PAUSE_MS_AT_MOST,
         ),
         figure_of(
-            (pause * 1e3 for pause in one.pauses), target="", name="a full one with 1 key", unit="ms"
+            (pause * 1e3 for pause in one.pauses),
+            target="",
+            name="a full one with 1 key",
+            unit="ms",
         ),
         figure_of((hit / one.s for hit in one.hits), target="", name="a hit, 1 key", unit="S"),
         figure_of((hit / most.s for hit in most.hits), target="", name=f"a hit, {what}", unit="S"),

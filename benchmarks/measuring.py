@@ -26,6 +26,7 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # The form that tokens have here; contenders with tokens of their own use it for S all the same.
 SOME_TOKEN: Final = b"tfm_k_" + b"0123456789abcdef" * 3
+_WHOLE_FROM: Final = 100
 _HASHES: Final = 2_000  # for one measurement of S
 
 
@@ -227,7 +228,7 @@ def from_json(text: str) -> Result:
 
 def number(value: float) -> str:
     """Return *value* as one reads it: with three digits that count, or whole above a hundred."""
-    if value == int(value) or abs(value) >= 100:
+    if value == int(value) or abs(value) >= _WHOLE_FROM:
         return f"{value:,.0f}"
     return f"{value:.{max(2 - math.floor(math.log10(abs(value))), 0)}f}"
 

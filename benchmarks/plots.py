@@ -90,7 +90,9 @@ def line_chart(title: str, lines: Mapping[str, Points], *, across: Axis, up: Axi
         path = "L".join(f"{x(across_)} {y(up_)}" for across_, up_ in points)
         parts.append(f'<path class="line" stroke="{colour}" d="M{path}"/>')
         height = _TOP + 8 + number * _LINE_HEIGHT
-        parts.append(f'<path class="line" stroke="{colour}" d="M{_WIDTH - _RIGHT + 12} {height}h16"/>')
+        parts.append(
+            f'<path class="line" stroke="{colour}" d="M{_WIDTH - _RIGHT + 12} {height}h16"/>'
+        )
         parts.append(_text(_WIDTH - _RIGHT + 34, height + 4, name))
     style = (
         "text{font:12px sans-serif;fill:#222}.grid{stroke:#ddd;fill:none}"

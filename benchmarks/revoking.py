@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.insides import MadeKey, insert, is_linked, make_keys
+from benchmarks.insides import MadeKey, insert, linked, make_keys
 from benchmarks.measuring import Figure, Length, Result, figure_of, median_s, percentile, run
 from tests.support.postgres import PostgresServer
 from tests.support.redis import RedisServer
@@ -78,7 +78,7 @@ def cpu_seconds() -> float:
 async def work(database: str, redis: str, tokens: list[bytes]) -> None:
     """Be a worker, until stdin ends."""
     async with Guard.from_urls(database=database, redis=redis) as guard:
-        await _linked(guard)
+        await linked(guard)
         worker = Worker(guard, tokens)
         task = asyncio.create_task(worker.run())
         await asyncio.sleep(len(tokens) / BURST * BURST_SECONDS)  # each is in memory
@@ -90,13 +90,10 @@ async def work(database: str, redis: str, tokens: list[bytes]) -> None:
         print(json.dumps(Ended(worker.accepted_until, cpu_seconds() - before)), flush=True)
 
 
-async def _linked(guard: Guard) -> None:
-    while not is_linked(guard):
-        await asyncio.sleep(0.01)
-
-
 @contextmanager
-def workers(count: int, database: str, redis: str, tokens: Path) -> Iterator[list["subprocess.Popen[str]"]]:
+def workers(
+    count: int, database: str, redis: str, tokens: Path
+) -> Iterator[list["subprocess.Popen[str]"]]:
     """Run so many workers, which are ready."""
     with ExitStack() as stack:
         processes = []
@@ -130,7 +127,7 @@ class Revoked(NamedTuple):
 async def revoke_all(database: str, redis: str, keys: list[MadeKey]) -> Revoked:
     """Revoke *keys*, being one of those who verify them."""
     async with Guard.from_urls(database=database, redis=redis) as guard:
-        await _linked(guard)
+        await linked(guard)
         worker = Worker(guard, [key.token for key in keys])
         task = asyncio.create_task(worker.run())
         await asyncio.sleep(1)  # the register has all
@@ -183,20 +180,20 @@ def revoke_among(count: int, database: str, redis: str, revocations: int) -> Out
     return Outcome(revoked, late, busy)
 
 
-def figures_of(outcome: Outcome) -> list[Figure]:
-    """Return the figures of the full number of processes."""
+def figures_of(outcome: Outcome, count: int) -> list[Figure]:
+    """Return the figures with so many processes."""
     ordered = sorted(outcome.revoked.seconds)
     return [
         figure_of(
             (seconds * 1e3 for seconds in ordered),
             target="T8",
-            name=f"revoking, {PROCESSES} processes, p50",
+            name=f"revoking, {count} processes, p50",
             unit="ms",
             most=P50_MS,
         ),
         Figure(
             target="T8",
-            name=f"revoking, {PROCESSES} processes, p99 of {len(ordered)}",
+            name=f"revoking, {count} processes, p99 of {len(ordered)}",
             value=percentile(ordered, 0.99) * 1e3,
             unit="ms",
             most=P99_MS,
@@ -236,7 +233,7 @@ def measure(length: Length) -> Result:
             result.curves[f"{count} processes"] = [
                 (share, percentile(ordered, share) * 1e3) for share in SHARES
             ]
-    result.figures = figures_of(outcome)
+            result.figures = figures_of(outcome, count)
     return result
 
 

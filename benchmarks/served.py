@@ -22,7 +22,6 @@ CONNECTIONS = 32
 # What is demanded of the guarded one, in percent of the other.
 PAIRS = {"bare": ("guarded", 93.0), "route": ("guarded_route", 97.0)}
 WORDS = {"bare": "a bare app", "route": "a Starlette route answering JSON"}
-CURVE = (1, 4, 16, 64, 256)  # connections
 
 
 async def create_token(url: str) -> str:
@@ -47,11 +46,11 @@ class Servers:
         self._servers = servers
         self._request = request_bytes("/v1/emails/", f"Bearer {token}")
 
-    async def load(self, app: str, seconds: float, connections: int = CONNECTIONS) -> Load:
+    async def load(self, app: str, seconds: float) -> Load:
         """Load one of them."""
         server = self._servers[app]
         return await load(
-            server.port, server.pid, self._request, connections=connections, seconds=seconds
+            server.port, server.pid, self._request, connections=CONNECTIONS, seconds=seconds
         )
 
 
@@ -92,10 +91,6 @@ async def measured(servers: Servers, length: Length) -> Result:
     result = Result(subject="served", s_ns=median_s() * 1e9, figures=[])
     for bare in PAIRS:
         result.figures += await measure_pair(servers, length, bare)
-    if length is Length.LONG:
-        for app in ("bare", "guarded"):
-            loads = [(count, await servers.load(app, 1.0, count)) for count in CURVE]
-            result.curves[app] = [(count, each.per_second) for count, each in loads]
     return result
 
 

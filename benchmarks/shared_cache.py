@@ -8,6 +8,7 @@ emptied before each round. With asyncio's own event loop, and with uvloop.
 """
 
 import asyncio
+import gc
 import itertools
 import tempfile
 import time
@@ -16,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import uvloop
 from redis.asyncio import BlockingConnectionPool, Redis
 
-from benchmarks.insides import MadeKey, freshness_of, is_linked, local_of, make_keys, shared_of
+from benchmarks.insides import MadeKey, freshness_of, linked, local_of, make_keys, shared_of
 from benchmarks.measuring import Figure, Length, Result, figure_of, median_s, run
 from tests.support.redis import RedisServer
 from tfm_guard import Guard
@@ -143,18 +144,24 @@ async def measured(redis: str, length: Length, loop: str) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         database = f"sqlite:///{folder}/keys.db"
         pool = BlockingConnectionPool.from_url(redis, max_connections=CONNECTIONS, timeout=None)
-        async with Guard.from_urls(database=database, redis=redis) as guard, Redis.from_pool(pool) as plain:
-            while not is_linked(guard):
-                await asyncio.sleep(0.01)
+        async with (
+            Guard.from_urls(database=database, redis=redis) as guard,
+            Redis.from_pool(pool) as plain,
+        ):
+            await linked(guard)
             keys = list(itertools.islice(make_keys(guard, max(CONCURRENCY)), max(CONCURRENCY)))
             await fill(guard, keys)
+            gc.collect()
+            gc.freeze()  # what is imported is walked through for neither of the two
             contest = Contest(guard, keys, plain)
             result.figures = await contest_of(contest, length, loop)
             if length is Length.LONG:
                 for count in MORE_CURVE:
                     found = figure_of(
                         (count / ours for ours, _ in await contest.rounds(count, 30)),
-                        target="", name="", unit="",
+                        target="",
+                        name="",
+                        unit="",
                     )
                     result.curves.setdefault(loop, []).append((count, found.value))
     return result

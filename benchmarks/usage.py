@@ -1,8 +1,8 @@
 """What counting adds to a hit, and what writing the counts behind takes: T9.
 
 Measures, in turn in one process: S; a hit in memory; and a hit by the same code without the lines
-that count. Then flushes 10,000 keys, on SQLite and on PostgreSQL, counts the statements, and watches
-how long the event loop is held.
+that count. Then flushes 10,000 keys, on SQLite and on PostgreSQL, counts the statements, and
+watches how long the event loop is held.
 
     python -m benchmarks.usage [--json] [--brief | --long]
 """
@@ -16,7 +16,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 from uuid import UUID, uuid4
 
 from sqlalchemy import Engine, event
@@ -102,7 +102,7 @@ class Statements:
     def __init__(self) -> None:
         self.by_table: Counter[str] = Counter()
 
-    def __enter__(self) -> "Statements":
+    def __enter__(self) -> Self:
         event.listen(Engine, "before_cursor_execute", self._note)
         return self
 
@@ -135,11 +135,14 @@ async def measure_flushes(guard: Guard, length: Length) -> list[Figure]:
     name = f"writing {count:,} keys, {kind}"
     return [
         figure_of(took, target="T9", name=name, unit="ms", most=FLUSH_MS),
-        figure_of(
-            held, target="T9", name=f"{name}: the loop was held", unit="ms", most=HELD_MS
-        ),
+        figure_of(held, target="T9", name=f"{name}: the loop was held", unit="ms", most=HELD_MS),
         Figure(
-            target="T9", name=f"{name}: statements for a table", value=most, unit="", most=1, least=1
+            target="T9",
+            name=f"{name}: statements for a table",
+            value=most,
+            unit="",
+            most=1,
+            least=1,
         ),
     ]
 

@@ -79,7 +79,10 @@ async def measure_rounds(guard: Guard, length: Length) -> tuple[Result, int]:
     forged = b"tfm_k_" + b"00112233" + token[14:]
     wrong = with_other_secret(token)
     guarded = APIKeyMiddleware(app, guard=guard, exempt=("/healthz",))
-    good, scopes = request(b"Bearer " + token), [request(b"Bearer " + bad) for bad in (forged, wrong)]
+    good, scopes = (
+        request(b"Bearer " + token),
+        [request(b"Bearer " + bad) for bad in (forged, wrong)],
+    )
     await guarded(good, receive, discard)  # remembered from here on
     before = guard.counters.store_reads + guard.counters.shared_reads
     rounds = []
@@ -131,7 +134,10 @@ def figures_of(rounds: list[tuple[float, ...]]) -> list[Figure]:
             (row[5] for row in multiples), target="", name="a forged key, with the answer", unit="S"
         ),
         figure_of(
-            (row[6] for row in multiples), target="", name="a wrong secret, with the answer", unit="S"
+            (row[6] for row in multiples),
+            target="",
+            name="a wrong secret, with the answer",
+            unit="S",
         ),
     ]
 

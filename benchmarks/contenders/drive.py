@@ -1,7 +1,7 @@
 """Measure one contender, in a process and an environment of its own; or serve it.
 
-    python -m benchmarks.contenders.drive MODULE [--brief]
-    DRIVEN=MODULE TOKEN_FILE=FILE uvicorn benchmarks.contenders.drive:served
+python -m benchmarks.contenders.drive MODULE [--brief]
+DRIVEN=MODULE TOKEN_FILE=FILE uvicorn benchmarks.contenders.drive:served
 """
 
 import asyncio
@@ -93,7 +93,8 @@ class Served:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         self._contender = await make(os.environ["DRIVEN"])
-        Path(os.environ["TOKEN_FILE"]).write_bytes(self._contender.authorization)
+        token_file = Path(os.environ["TOKEN_FILE"])
+        await asyncio.to_thread(token_file.write_bytes, self._contender.authorization)
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self._contender.ending.aclose()

@@ -14,7 +14,10 @@ from benchmarks.measuring import app
 async def make() -> Contender:
     """Return the bare app behind its middleware."""
     manager = AsyncKeyManager(
-        AsyncMemoryStore(), "sk_live", pepper=b"thirty-two bytes for a benchmark", cache=VerifyCache()
+        AsyncMemoryStore(),
+        "sk_live",
+        pepper=b"thirty-two bytes for a benchmark",
+        cache=VerifyCache(),
     )
     issued = await manager.issue("bench", scopes=["send"])
     guarded = APIKeyMiddleware(app, km=manager, protect=("/v1/",), exempt=())

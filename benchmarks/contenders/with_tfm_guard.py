@@ -12,7 +12,9 @@ async def make() -> Contender:
     """Return the bare app behind the middleware."""
     ending = AsyncExitStack()
     folder = ending.enter_context(tempfile.TemporaryDirectory())
-    guard = await ending.enter_async_context(Guard.from_urls(database=f"sqlite:///{folder}/keys.db"))
+    guard = await ending.enter_async_context(
+        Guard.from_urls(database=f"sqlite:///{folder}/keys.db")
+    )
     token = (await guard.keys.create(account_id="bench", name="contender")).token
     guarded = APIKeyMiddleware(app, guard=guard)
     return Contender(app, guarded, f"Bearer {token}".encode(), ending)

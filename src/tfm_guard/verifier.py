@@ -231,7 +231,7 @@ class Verifier:
         self._reader.detach_all()
 
 
-def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call would cost a twentieth
+def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a twentieth
     local: LocalCache,
     freshness: Freshness,
     digest_key: DigestKey,

@@ -417,10 +417,8 @@ _ACTIVE_KEYS: Final = select(schema.keys, schema.key_usage.c.last_used_at).outer
 # In the order of the fields, but for the last, which `find_keys` adds: the time of reading.
 _FIND_KEYS: Final = (
     select(
-        *(
-            schema.keys.c.get(field, schema.accounts.c.get(field))
-            for field in StoredKey._fields[:-1]
-        )
+        *(schema.keys.c[field] for field in StoredKey._fields if field in schema.keys.c),
+        schema.accounts.c.suspended_at,
     )
     .join(schema.accounts, schema.accounts.c.id == schema.keys.c.account_id)
     .where(schema.keys.c.prefix.in_(bindparam("prefixes", expanding=True)))
