@@ -85,8 +85,11 @@ async def measure_on(url: str, length: Length) -> list[Figure]:
 def measure(length: Length) -> Result:
     """Return all that is measured."""
     result = Result(subject="creating", s_ns=median_s() * 1e9, figures=[])
-    with PostgresServer() as postgres, tempfile.TemporaryDirectory() as folder:
-        for url in (f"sqlite:///{folder}/keys.db", postgres.create_database("creating")):
+    with tempfile.TemporaryDirectory() as folder:
+        result.figures += asyncio.run(measure_on(f"sqlite:///{folder}/keys.db", length))
+    if length is not Length.BRIEF:
+        with PostgresServer() as postgres:
+            url = postgres.create_database("creating")
             result.figures += asyncio.run(measure_on(url, length))
     return result
 

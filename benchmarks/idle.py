@@ -119,7 +119,7 @@ async def be_idle(database: str, redis: str | None, seconds: float) -> None:
     async with Guard.from_urls(database=database, redis=redis) as guard:
         if redis is not None:
             await linked(guard)
-        await asyncio.sleep(SETTLING_SECONDS)
+        await asyncio.sleep(min(SETTLING_SECONDS, seconds))
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
         await asyncio.sleep(seconds)
         after, took = resource.getrusage(resource.RUSAGE_SELF), time.monotonic() - started
@@ -161,7 +161,7 @@ def measure(length: Length) -> Result:
     """Return all that is measured."""
     with asyncio.Runner(loop_factory=CountingLoop) as runner:
         figures = runner.run(count_of_warm_requests())
-    figures += measure_idle(length.of(1, 15, 60))
+    figures += measure_idle(length.of(1, 75, 300) / 5)
     return Result(subject="idle", s_ns=median_s() * 1e9, figures=figures)
 
 

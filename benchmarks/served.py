@@ -24,6 +24,11 @@ PAIRS = {"bare": ("guarded", 93.0), "route": ("guarded_route", 97.0)}
 WORDS = {"bare": "a bare app", "route": "a Starlette route answering JSON"}
 
 
+def pairs_of(length: Length) -> list[str]:
+    """Return which apps are compared with their guarded ones."""
+    return list(PAIRS)[: length.of(1, 2, 2)]
+
+
 async def create_token(url: str) -> str:
     """Return the token of a new key in the database at *url*."""
     async with Guard.from_urls(database=url) as guard:
@@ -89,7 +94,7 @@ async def measure_pair(servers: Servers, length: Length, bare: str) -> list[Figu
 async def measured(servers: Servers, length: Length) -> Result:
     """Return all that is measured."""
     result = Result(subject="served", s_ns=median_s() * 1e9, figures=[])
-    for bare in PAIRS:
+    for bare in pairs_of(length):
         result.figures += await measure_pair(servers, length, bare)
     return result
 
@@ -99,7 +104,7 @@ def measure(length: Length) -> Result:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         url = f"sqlite:///{folder}/keys.db"
         token = asyncio.run(create_token(url))
-        apps = [app for bare, (guarded, _) in PAIRS.items() for app in (bare, guarded)]
+        apps = [app for bare in pairs_of(length) for app in (bare, PAIRS[bare][0])]
         servers = {app: stack.enter_context(server_of(app, url)) for app in apps}
         return uvloop.run(measured(Servers(servers, token), length))
 

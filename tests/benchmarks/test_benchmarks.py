@@ -52,14 +52,8 @@ def test_a_benchmark_tells_everything(subject: str) -> None:
     judged = [figure for figure in result["figures"] if figure["met"] is not None]
     assert {figure["target"] for figure in judged} == TARGETS[subject]
     assert all(figure["name"] and figure["value"] >= 0 for figure in judged)
-
-
-def test_what_must_hold_on_every_machine_holds() -> None:
-    """Nothing is counted that must not be: no question too many for a cold key, and no argon2."""
-    counted = run("cold", "--brief", "--json")["figures"]
-    assert [
-        figure["name"] for figure in counted if figure["target"] == "T5" and not figure["met"]
-    ] == []
+    # Reads of the database, argon2 and right answers are counted: the same on every machine.
+    assert all(figure["met"] for figure in judged if figure["target"] == "T5")
 
 
 def test_the_guard_can_be_driven_like_its_contenders() -> None:
