@@ -382,6 +382,19 @@ async def test_recent_changes_are_floors_from_the_start(store: Store, database_u
     await member.stop()
 
 
+async def test_very_many_recent_changes_are_read_in_parts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process comes in however many changes there were: no query reads more than a page."""
+    monkeypatch.setattr("tfm_guard.store.feed.PAGE", 2)
+    for number in range(1, 6):
+        await create_key(store, f"0000000{number}")
+    member = Member(store)
+    await member.start()
+    assert [member.floor(f"0000000{number}") for number in range(7)] == [0, 1, 1, 1, 1, 1, 0]
+    await member.stop()
+
+
 async def test_a_floor_ends_after_20_minutes(store: Store, member: Member) -> None:
     """A floor holds for twice the age of the oldest entry after its latest change, then it goes."""
     assert FLOOR_SECONDS == 1200
