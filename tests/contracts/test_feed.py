@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.support.guards import LONG, installation_of, until
+from tests.support.guards import LONG, installation_of, is_settled, until
 from tests.support.keys import create_key, insert_key
 from tests.support.servers import ROOT
 from tests.support.sql import execute
@@ -56,7 +56,7 @@ class Member(Freshness):
     async def come_to(self, link: str) -> None:
         """Have a link, and return when it counts."""
         self.link_came(link)
-        await until(lambda: self.linked, what="the link counts")
+        await until(lambda: is_settled(self), what="the link counts")
 
     def hear(self) -> None:
         """Have the link answer what is asked now."""
