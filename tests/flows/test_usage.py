@@ -23,9 +23,12 @@ from tests.support.sql import execute
 from tfm_guard import Guard
 from tfm_guard.errors import InvalidInput, KeyNotFound
 from tfm_guard.records import CreatedKey, KeyUsage
+from tfm_guard.settings import Settings
 from tfm_guard.store import schema
 from tfm_guard.testing import ManualClock
-from tfm_guard.usage import FLUSH_SECONDS, Usage
+from tfm_guard.usage import Usage
+
+FLUSH_SECONDS = Settings(database_url="").usage_flush_seconds
 
 
 def usage_of(guard: Guard) -> Usage:
@@ -162,6 +165,23 @@ async def test_usage_is_written_every_five_seconds(sqlite_url: str) -> None:
             assert usage.accepted == 10 * number
             assert guard.counters.usage_flushes == number
         await clock.pass_time(4 * FLUSH_SECONDS)
+        assert guard.counters.usage_flushes == 2
+
+
+async def test_the_interval_is_a_setting(sqlite_url: str) -> None:
+    """With 60 s between two flushes nothing is written in the 59 s after one."""
+    await prepare(sqlite_url)
+    clock = ManualClock()
+    async with new_guard(sqlite_url, clock=clock, usage_flush_seconds=60) as guard:
+        created = await create(guard)
+        await verify(guard, created)
+        await clock.pass_time(60)
+        while guard.counters.usage_flushes == 0:
+            await clock.pass_time(1)
+        await verify(guard, created)
+        await clock.pass_time(59)
+        assert guard.counters.usage_flushes == 1
+        await clock.pass_time(2)
         assert guard.counters.usage_flushes == 2
 
 
