@@ -26,6 +26,7 @@ _MOST_CACHED: Final = 10_000_000
 _MIB: Final = 2**20
 # Of the connections that a server admits, what processes may take together.
 _MOST_OF_ROOM: Final = 0.9
+_NO_ROOM: Final = "no room even for these, without a PgBouncer in between"
 _FLUSH_RANGE: Final = (5, 60)  # seconds: more often is of no use, more seldom loses too much
 _MOST_FLUSHING: Final = 0.1  # of the time
 # Of one server core, for all processes' reads of the feed.
@@ -136,7 +137,7 @@ def advise_database(
         admitted = int((measures.room * _MOST_OF_ROOM / processes - 2) // 2)
         if admitted < size:
             size = max(admitted, 1)
-            words = f"there is no room for more: {words}"
+            words = f"there is {'no room for more' if admitted > 0 else _NO_ROOM}: {words}"
         words += (
             f"; {processes} processes hold at most "
             f"{processes * (2 * size + 2)} of {measures.room} connections"
