@@ -141,7 +141,7 @@ def test_for_programs_each_has_its_value_its_present_value_and_its_reason(
     }
     assert [each["what"] for each in found["not_measured"]] == ["Redis"]
     assert all(each["reason"] for each in [*found["settings"], *found["times"]])
-    assert "3 processes" in next(e["reason"] for e in found["times"] if e["name"] == "poll_seconds")
+    assert "(3)" in next(e["reason"] for e in found["times"] if e["name"] == "poll_seconds")
 
 
 def test_without_tables_the_rest_is_measured_and_the_code_is_1(sqlite_url: str) -> None:

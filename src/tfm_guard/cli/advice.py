@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 from tfm_guard.cli.measuring import (
     BATCH,
     CONNECTIONS,
+    Crowd,
     DatabaseMeasures,
     Entries,
     RedisMeasures,
@@ -128,19 +129,15 @@ def advise_database(
     """Choose connections for reading, and how often usage is written."""
     reading = measures.reading
     size = max(reading.connections, _LEAST_CONNECTIONS)
-    words = (
-        f"{reading.connections} connections come to {reading.per_second:.0f} look-ups of {BATCH} "
-        f"keys a second; up to {CONNECTIONS[-1]} were tried, and came to "
-        f"{reading.most_per_second:.0f}; not below {_LEAST_CONNECTIONS}"
-    )
+    words = _connections(reading)
     if measures.room is not None:
         admitted = int((measures.room * _MOST_OF_ROOM / processes - 2) // 2)
         if admitted < size:
             size = max(admitted, 1)
             words = f"there is {'no room for more' if admitted > 0 else _NO_ROOM}: {words}"
         words += (
-            f"; {processes} processes hold at most "
-            f"{processes * (2 * size + 2)} of {measures.room} connections"
+            f"; of the server's {measures.room} connections, all processes ({processes}) hold up to "
+            f"{processes * (2 * size + 2)}"
         )
     yield Advice("database_pool_size", size, present.database_pool_size, words)
     yield _advise_flushing(processes, measures, present)
@@ -164,6 +161,14 @@ def _advise_flushing(processes: int, measures: DatabaseMeasures, present: Settin
     )
 
 
+def _connections(reading: Crowd) -> str:
+    return (
+        f"look-ups of {BATCH} keys a second: {reading.per_second:.0f} on {reading.connections} of "
+        f"the up to {CONNECTIONS[-1]} connections that were tried, {reading.most_per_second:.0f} "
+        f"at the most; not below {_LEAST_CONNECTIONS}"
+    )
+
+
 def advise_redis(measures: RedisMeasures, present: Settings) -> Advice:
     """Choose connections for reading from Redis."""
     reading = measures.reading
@@ -172,9 +177,7 @@ def advise_redis(measures: RedisMeasures, present: Settings) -> Advice:
         "redis_pool_size",
         size,
         present.redis_pool_size,
-        f"{reading.connections} connections come to {reading.per_second:.0f} look-ups of {BATCH} "
-        f"keys a second; up to {CONNECTIONS[-1]} were tried, and came to "
-        f"{reading.most_per_second:.0f}; not below {_LEAST_CONNECTIONS}; a PING takes "
+        f"{_connections(reading)}; a PING takes "
         f"{measures.ping.median * 1000:.2f} ms, at most {measures.ping.slowest * 1000:.2f} ms",
     )
 
@@ -219,10 +222,6 @@ def _polling(processes: int, database: DatabaseMeasures, interval: float) -> str
     rate = processes / interval
     busy = rate * database.poll.median
     return (
-        f"{_counted(processes)} {rate:g} reads of the feed a second, {busy:.1%} of one "
-        f"server core at the most; at most {_MOST_POLLING:.0%} are wanted"
+        f"reads of the feed a second by all processes ({processes}): {rate:g}, which keep at most "
+        f"{busy:.1%} of a server core busy; up to {_MOST_POLLING:.0%} are fine"
     )
-
-
-def _counted(processes: int) -> str:
-    return "one process makes" if processes == 1 else f"{processes} processes make"
