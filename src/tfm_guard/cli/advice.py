@@ -136,8 +136,8 @@ def advise_database(
             size = max(admitted, 1)
             words = f"there is {'no room for more' if admitted > 0 else _NO_ROOM}: {words}"
         words += (
-            f"; of the server's {measures.room} connections, all processes ({processes}) hold up to "
-            f"{processes * (2 * size + 2)}"
+            f"; of the server's {measures.room} connections, all processes ({processes}) hold up "
+            f"to {processes * (2 * size + 2)}"
         )
     yield Advice("database_pool_size", size, present.database_pool_size, words)
     yield _advise_flushing(processes, measures, present)

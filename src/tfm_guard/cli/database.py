@@ -157,7 +157,7 @@ async def _check() -> list[str]:
 async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, float]:
     async with existing_store() as store:
         await _require_tables(store)
-        new = (await store.read_times())._replace(**wanted)
+        new = (await store.shared_times())._replace(**wanted)
         if not wanted:
             return new._asdict()
         if faults := _faults_of(new):

@@ -152,7 +152,7 @@ async def _measure_database(
                 said = f"its tables are at revision {look.revision}, this release needs {HEAD}"
                 findings.fail(what, f"{said}: tfm-guard doctor")
                 return None, None, None
-            return look, await store.read_times(), await measure_database(store)
+            return look, await store.shared_times(), await measure_database(store)
         except GuardError as error:
             told = error.reason if isinstance(error, Unavailable) else str(error)
             findings.fail(what, told, again=isinstance(failure(error), NotNow))

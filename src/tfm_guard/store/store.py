@@ -279,7 +279,7 @@ class Store:
 
         await self._database.write(run)
 
-    async def read_times(self) -> Times:
+    async def shared_times(self) -> Times:
         """Return the times that all processes share. `look` first."""
         return await self._database.read(read_times)
 
