@@ -13,6 +13,7 @@ import asyncio
 import json
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +38,16 @@ CALLS = 400
 ENTRY = b"x" * 250  # a sealed entry, with texts of 16 bytes
 MESSAGE = b"x" * 180  # a sealed change
 ACCOUNTS = 1_000
+FLUSHED = 10_000
+AT_ONCE = 50  # verifications
+ROUNDS = 5
+
+# So that argon2 costs nothing here.
+CHEAP: dict[str, Any] = {
+    "argon2_memory_kib": 8,
+    "argon2_time_cost": 1,
+    "plans": {"free": 2 * CALLS},
+}
 
 Figures = dict[str, float]
 
@@ -69,10 +80,14 @@ def fill(url: str) -> None:
         {"id": UUID(int=n), "name": "host:1", "seen": 0, "turn": 0, "registered_at": now}
         for n in range(PROCESSES)
     ]
+    used = [{"key_id": key["id"], "last_used_at": now} for key in keys]
+    hours = [{"key_id": key["id"], "hour": now, "accepted": 1, "refused": 0} for key in keys]
     with engine_for(url).begin() as connection:
         for table, rows in (
             (schema.accounts, accounts),
             (schema.keys, keys),
+            (schema.key_usage, used),
+            (schema.usage_hours, hours),
             (schema.workers, workers),
         ):
             connection.execute(insert(table), rows)
@@ -91,11 +106,11 @@ async def cost(call: Callable[[int], Awaitable[object]], pids: Callable[[], list
     """Return the microseconds that the server's processes are busy for one call."""
     for number in range(20):
         await call(number)
-    before, used = pids(), 0.0
-    used = cpu_seconds(before)
+    busy = pids()
+    before = cpu_seconds(busy)
     for number in range(CALLS):
         await call(number)
-    return (cpu_seconds(before) - used) / CALLS * 1e6
+    return (cpu_seconds(busy) - before) / CALLS * 1e6
 
 
 async def of_database(url: str) -> Figures:
@@ -117,16 +132,25 @@ async def of_database(url: str) -> Figures:
         "register of 1,000": lambda _: store.read_register(),
     }
     figures = {name: await cost(call, pids) for name, call in calls.items()}
-    many = await store.time_flush(10_000)
-    figures["row of a flush of 10,000"] = many / 10_000 * 1e6
+    # Its statements are of this one connection, and nearly all that they take is the server's.
+    figures["flush, a key"] = await store.time_flush(FLUSHED) / FLUSHED * 1e6
     await store.close()
-    return figures
+    return figures | sizes(url)
+
+
+def sizes(url: str) -> Figures:
+    """Return the bytes of a row with its part of the indexes."""
+    found = {}
+    with engine_for(url).connect() as connection:
+        for table in (schema.keys, schema.key_usage, schema.usage_hours):
+            wanted = f"SELECT pg_total_relation_size('{table.name}')"
+            found[f"bytes in {table.name}"] = connection.exec_driver_sql(wanted).scalar_one() / KEYS
+    return found
 
 
 async def of_changes(url: str) -> Figures:
     """Measure creating a key and revoking it, in one process, with what follows."""
-    cheap = {"argon2_memory_kib": 8, "argon2_time_cost": 1, "plans": {"free": 2 * CALLS}}
-    async with Guard.from_urls(database=url, **cheap) as guard:  # type: ignore[arg-type]
+    async with Guard.from_urls(database=url, **CHEAP) as guard:
 
         async def change(_: int) -> None:
             created = await guard.keys.create(account_id="changing", name="sixteen letters.")
@@ -135,13 +159,34 @@ async def of_changes(url: str) -> Figures:
         return {"creating and revoking": await cost(change, lambda: backends(url))}
 
 
+async def of_process(url: str, redis: str) -> Figures:
+    """Measure what a process itself spends on a key that its memory does not know."""
+    found = {}
+    async with Guard.from_urls(database=url, redis=redis, **CHEAP) as guard:
+        made = [await guard.keys.create(account_id="verifying", name="key") for _ in range(CALLS)]
+        tokens = [created.token for created in made]
+        await asyncio.gather(*map(guard.verify, tokens))  # which puts them into Redis
+    for name, server in (("from the database", None), ("from Redis", redis)):
+        async with Guard.from_urls(database=url, redis=server, local_cache_size=1) as guard:
+            await asyncio.gather(*map(guard.verify, tokens[:AT_ONCE]))
+            before = time.process_time()
+            for _ in range(ROUNDS):
+                for start in range(0, CALLS, AT_ONCE):
+                    await asyncio.gather(*map(guard.verify, tokens[start : start + AT_ONCE]))
+            seconds = time.process_time() - before
+            found[f"process: a key {name}"] = seconds / ROUNDS / CALLS * 1e6
+    return found
+
+
 async def of_redis(server: RedisServer, pid: int) -> Figures:
     """Measure Redis."""
     redis = RedisAccess(server.url)
     client: Any = redis.client
     names = [f"tfm:{'0' * 32}:v1:key:{n:08}" for n in range(KEYS)]
+    empty = int((await client.info("memory"))["used_memory"])
     for start in range(0, KEYS, 1000):
         await client.mset(dict.fromkeys(names[start : start + 1000], ENTRY))
+    full = int((await client.info("memory"))["used_memory"])
 
     def some(number: int) -> list[str]:
         return [names[(number * 7919 + n * 389) % KEYS] for n in range(LIMIT)]
@@ -161,7 +206,8 @@ async def of_redis(server: RedisServer, pid: int) -> Figures:
     return {
         **figures,
         "PUBLISH": nobody,
-        "its delivery to one process": (busy - nobody) / SUBSCRIBERS,
+        "delivery to one process": (busy - nobody) / SUBSCRIBERS,
+        "bytes of an entry": (full - empty) / KEYS,
     }
 
 
@@ -175,10 +221,11 @@ def subscribed(port: int) -> socket.socket:
 
 
 def measure() -> Figures:
-    """Return microseconds of a server's processor by what is done with them."""
+    """Return microseconds of a server's processor, by what they are spent on, and bytes."""
     with PostgresServer() as postgres, RedisServer() as redis:
         figures = asyncio.run(of_database(postgres.create_database("capacity")))
         figures |= asyncio.run(of_changes(postgres.create_database("changes")))
+        figures |= asyncio.run(of_process(postgres.create_database("process"), redis.url))
         with redis.client() as client:
             pid = int(client.info("server")["process_id"])
         return figures | asyncio.run(of_redis(redis, pid))
@@ -193,7 +240,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(figures))
         return
-    print(f"microseconds of a server's core, on a machine with {os.cpu_count()}\n")
+    print(f"microseconds of a server's core, of {os.cpu_count()}; or bytes\n")
     for name, microseconds in figures.items():
         print(f"{name:28} {microseconds:10.1f}")
 

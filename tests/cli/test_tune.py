@@ -23,6 +23,8 @@ from tfm_guard.cli.advice import (
     advise_times,
     least_passes,
 )
+from tfm_guard.cli.database import faults_of
+from tfm_guard.cli.database import times as times_command
 from tfm_guard.cli.measuring import (
     Crowd,
     DatabaseMeasures,
@@ -147,13 +149,14 @@ def test_for_programs_each_has_its_value_its_present_value_and_its_reason(
 def test_without_tables_the_rest_is_measured_and_the_code_is_1(sqlite_url: str) -> None:
     """argon2 and memory need no database; a smaller budget of memory gives a smaller cache."""
     sizes = []
-    for mib in ("8", "32"):
+    for mib in ("128", "512"):
         result = run(sqlite_url, "--memory-mib", mib)
         assert result.exit_code == 1
         assert "it has no tables; make them: tfm-guard db upgrade" in result.stderr
         found = assignments(result)
         assert "TFM_GUARD_USAGE_FLUSH_SECONDS" not in found
         sizes.append(int(found["TFM_GUARD_LOCAL_CACHE_SIZE"]))
+    assert sizes[1] > 1_000_000
     assert 3.5 < sizes[1] / sizes[0] < 4.5
 
 
@@ -306,6 +309,18 @@ def test_many_processes_read_the_feed_less_often() -> None:
     assert 1000 / found["poll_seconds"] * 0.0005 <= 0.25
     assert found["linked_poll_seconds"] >= found["poll_seconds"]
     assert found["lease_seconds"] > 2 * found["poll_seconds"]
+
+
+@pytest.mark.parametrize("processes", [1, 30, 1000, 10_000])
+@pytest.mark.parametrize("slowest", [0.0, 0.01, 0.4, 1.0])
+def test_what_is_advised_goes_together(processes: int, slowest: float) -> None:
+    """Whatever was measured, `tfm-guard db times` takes the times that follow from it."""
+    far = DATABASE._replace(poll=Timing(slowest / 2, slowest))
+    new = by_name(advise_times(processes, TIMES, far, REDIS))
+    for name, value in new.items():
+        (option,) = (param for param in times_command.params if param.name == name)
+        assert option.type.convert(str(value), option, None) == value
+    assert faults_of(TIMES._replace(**new)) == []
 
 
 def test_what_has_to_change_is_told_as_a_command(sqlite_url: str) -> None:

@@ -160,7 +160,7 @@ async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, f
         new = (await store.shared_times())._replace(**wanted)
         if not wanted:
             return new._asdict()
-        if faults := _faults_of(new):
+        if faults := faults_of(new):
             raise Failure(*faults)
         if present := await store.change_times(new, ended=ended):
             raise Failure(
@@ -171,7 +171,7 @@ async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, f
         return new._asdict()
 
 
-def _faults_of(times: "Times") -> list[str]:
+def faults_of(times: "Times") -> list[str]:
     """Return why the times do not go together."""
     faults = []
     if times.lease_seconds < 2 * times.poll_seconds:

@@ -18,11 +18,10 @@ from tfm_guard.store import Place, Store
 from tfm_guard.usage import BATCH as FLUSHED_AT_ONCE
 
 CALLS: Final = 50  # of one kind, one after the other
-CALLS_AT_ONCE: Final = 64  # for each number of connections
+CALLS_AT_ONCE: Final = 96  # for each number of connections
 CONNECTIONS: Final = (1, 2, 4, 8, 16)
-_NEARLY: Final = (
-    0.9  # of the most look-ups a second: more connections than for that are not worth it
-)
+# Of the most look-ups a second: more connections than for that are not worth it.
+_NEARLY: Final = 0.8
 # Look-ups of so many keys are what connections are tried with.
 BATCH: Final = 64
 _HASHES: Final = 3
@@ -44,7 +43,7 @@ class Timing(NamedTuple):
 
 
 class Crowd(NamedTuple):
-    """The fewest *connections* that come to nine tenths of the most look-ups a second."""
+    """The fewest *connections* that come to four fifths of the most look-ups a second."""
 
     connections: int
     per_second: float

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from tfm_guard.store import Look, Times
 
 _PLAN: Final = (
-    "Measures for a few seconds: one argon2id hash after the other; some 500 short reads of the "
+    "Measures for a few seconds: one argon2id hash after the other; some 600 short reads of the "
     "database, on up to 16 connections, and 6 flushes of up to 1000 made-up keys, each in a "
-    "transaction that is rolled back; some 500 reads of Redis. Nothing is kept."
+    "transaction that is rolled back; some 600 reads of Redis. Nothing is kept."
 )
 _POOL: Final = 16  # connections, at the most, to what is measured
 
@@ -187,21 +187,25 @@ def _lines(findings: _Findings) -> Iterator[str]:
     """Yield what is to be pasted; all that is not a setting stands in a comment."""
     for advice in findings.settings:
         yield f"# {_reason(advice)}"
-        yield f"{advice.variable}={advice.value:g}"
+        yield f"{advice.variable}={_number(advice.value)}"
     for each in findings.not_measured:
         yield f"# not measured: {each['what']}: {each['why']}"
     for advice in findings.times:
-        yield f"# {advice.name} = {advice.value:g}, for all processes: {_reason(advice)}"
+        yield f"# {advice.name} = {_number(advice.value)}, for all processes: {_reason(advice)}"
     if changes := [advice for advice in findings.times if advice.value != advice.present]:
         options = " ".join(
-            f"--{advice.name.replace('_', '-')} {advice.value:g}" for advice in changes
+            f"--{advice.name.replace('_', '-')} {_number(advice.value)}" for advice in changes
         )
         yield f"# To change them, end all processes, then run: tfm-guard db times {options}"
 
 
 def _reason(advice: "Advice") -> str:
     kept = advice.value == advice.present
-    return f"{'as it is' if kept else f'now {advice.present:g}'}; {advice.reason}"
+    return f"{'as it is' if kept else f'now {_number(advice.present)}'}; {advice.reason}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def _as_json(findings: _Findings) -> dict[str, Any]:
