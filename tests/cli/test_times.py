@@ -4,15 +4,18 @@ import asyncio
 import json
 import os
 import socket
+from datetime import UTC, datetime
+from uuid import uuid4
 
 import pytest
 from click.testing import CliRunner, Result
 
 from tests.support.guards import create, new_guard, verifier_of
-from tests.support.sql import execute
+from tests.support.sql import engine_for, execute
 from tfm_guard.cli import main
+from tfm_guard.clock import SystemClock
 from tfm_guard.errors import Unavailable
-from tfm_guard.store import Installation, schema
+from tfm_guard.store import Installation, Store, Times, schema
 
 
 def run(url: str, *arguments: str) -> Result:
@@ -101,6 +104,25 @@ def test_who_was_taken_for_dead_and_lives_trusts_nothing(database_url: str) -> N
 
     asyncio.run(change_meanwhile())
     assert shared(database_url)["lease_seconds"] == "3"
+
+
+async def test_who_is_just_entering_the_register_is_waited_for(postgres_url: str) -> None:
+    """A process whose row is not yet committed, and that knows the former times, keeps them."""
+    store = Store(postgres_url, pool_size=1, clock=SystemClock())
+    await store.open()
+    entering = schema.workers.insert().values(
+        id=uuid4(), name="entering", seen=0, turn=0, registered_at=datetime.now(UTC)
+    )
+    with engine_for(postgres_url).begin() as connection:
+        connection.execute(entering)
+        changing = asyncio.create_task(store.change_times(Times(3.0, 60.0, 0.25, 1.0), ended=False))
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'tfm_workers'::regclass"
+        while execute(postgres_url, f"{waiting} AND NOT granted")[0][0] == 0:
+            assert not changing.done()
+            await asyncio.sleep(0)
+    assert await changing == ["entering"]
+    assert shared(postgres_url)["lease_seconds"] == "2"
+    await store.close()
 
 
 @pytest.mark.parametrize(
