@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from tfm_guard.cli.measuring import (
 )
 from tfm_guard.clock import SystemClock
 from tfm_guard.settings import Settings
-from tfm_guard.store import Store, Times, schema
+from tfm_guard.store import Room, Store, Times, schema
 
 # So that hashing takes least.
 SMALL = ("--argon2-mib", "7")
@@ -45,7 +46,7 @@ DATABASE = DatabaseMeasures(
     poll=Timing(0.0005, 0.002),
     reading=Crowd(4, 900.0, 1000.0),
     flush_seconds=0.06,
-    room=None,
+    admitted=None,
     account_id_bytes=4,
     name_bytes=2,
 )
@@ -218,6 +219,26 @@ def test_timing_a_flush_waits_for_nobody_and_keeps_nobody_waiting(postgres_url: 
         assert asyncio.run(work()) > 0
 
 
+def test_connections_in_use_leave_less_room(postgres_url: str) -> None:
+    """The server admits 200 but for the 3 it reserves; those that are open are not free."""
+
+    async def work() -> Room | None:
+        store = Store(postgres_url, pool_size=1, clock=SystemClock())
+        await store.open()
+        try:
+            return await store.count_room()
+        finally:
+            await store.close()
+
+    with ExitStack() as held:
+        for _ in range(20):
+            held.enter_context(engine_for(postgres_url).connect())
+        room = asyncio.run(work())
+    assert room is not None
+    assert room.admitted == 197
+    assert room.free < 177
+
+
 @pytest.mark.parametrize(
     ("mib", "passes"), [(7, 5), (8, 5), (9, 4), (11, 4), (12, 3), (18, 3), (19, 2), (46, 1)]
 )
@@ -262,7 +283,7 @@ def test_the_cache_fills_its_memory_and_no_more() -> None:
 @pytest.mark.parametrize(("processes", "size"), [(1, 8), (4, 8), (10, 3), (12, 2), (1000, 1)])
 def test_processes_share_the_servers_connections(processes: int, size: int) -> None:
     """All together take at most nine tenths of 97: two pools each, and two connections more."""
-    measures = DATABASE._replace(room=97, reading=Crowd(8, 900.0, 1000.0))
+    measures = DATABASE._replace(admitted=97, reading=Crowd(8, 900.0, 1000.0))
     pool, _ = advise_database(processes, measures, PRESENT)
     assert pool.value == size
     assert ("no room for more" in pool.reason) == (1 < size < 8)
@@ -285,7 +306,7 @@ def test_usage_is_written_for_a_tenth_of_the_time(
     room: int | None, processes: int, seconds: int
 ) -> None:
     """On SQLite, where all write one by one, many processes write less often."""
-    _, flushing = advise_database(processes, DATABASE._replace(room=room), PRESENT)
+    _, flushing = advise_database(processes, DATABASE._replace(admitted=room), PRESENT)
     assert flushing.value == seconds
 
 

@@ -130,21 +130,21 @@ def advise_database(
     reading = measures.reading
     size = max(reading.connections, _LEAST_CONNECTIONS)
     words = _connections(reading)
-    if measures.room is not None:
-        admitted = int((measures.room * _MOST_OF_ROOM / processes - 2) // 2)
+    if measures.admitted is not None:
+        admitted = int((measures.admitted * _MOST_OF_ROOM / processes - 2) // 2)
         if admitted < size:
             size = max(admitted, 1)
             words = f"there is {'no room for more' if admitted > 0 else _NO_ROOM}: {words}"
         words += (
-            f"; of the server's {measures.room} connections, all processes ({processes}) hold up "
-            f"to {processes * (2 * size + 2)}"
+            f"; of the server's {measures.admitted} connections, all processes ({processes}) hold "
+            f"up to {processes * (2 * size + 2)}"
         )
     yield Advice("database_pool_size", size, present.database_pool_size, words)
     yield _advise_flushing(processes, measures, present)
 
 
 def _advise_flushing(processes: int, measures: DatabaseMeasures, present: Settings) -> Advice:
-    alone = measures.room is None  # SQLite: one writes at a time
+    alone = measures.admitted is None  # SQLite: one writes at a time
     writers = processes if alone else 1
     seconds = measures.flush_seconds
     least, most = _FLUSH_RANGE

@@ -20,6 +20,8 @@ from tfm_guard.usage import BATCH as FLUSHED_AT_ONCE
 CALLS: Final = 50  # of one kind, one after the other
 CALLS_AT_ONCE: Final = 96  # for each number of connections
 CONNECTIONS: Final = (1, 2, 4, 8, 16)
+# Of the connections that a server has free, the part that is tried at the most: a fourth.
+_PART_OF_FREE: Final = 4
 # Of the most look-ups a second: more connections than for that are not worth it.
 _NEARLY: Final = 0.8
 # Look-ups of so many keys are what connections are tried with.
@@ -63,7 +65,7 @@ class DatabaseMeasures(NamedTuple):
     poll: Timing
     reading: Crowd
     flush_seconds: float  # of a whole batch
-    room: int | None  # connections that the server admits
+    admitted: int | None  # connections; none where any number is
     account_id_bytes: float
     name_bytes: float
 
@@ -133,7 +135,8 @@ async def measure_database(store: Store) -> DatabaseMeasures:
     poll = await _time(lambda: store.poll(nobody, Place(0, None, 1)), CALLS)
     unknown = [f"~{number:07}" for number in range(BATCH)]
     room = await store.count_room()
-    reading = await _crowd(lambda: store.find_keys(unknown), room)
+    most = CONNECTIONS[-1] if room is None else room.free // _PART_OF_FREE
+    reading = await _crowd(lambda: store.find_keys(unknown), most)
     few, many = [
         min([await store.time_flush(count) for _ in range(_FLUSHES)]) for count in _FLUSHED
     ]
@@ -143,7 +146,7 @@ async def measure_database(store: Store) -> DatabaseMeasures:
         poll,
         reading,
         few + each * FLUSHED_AT_ONCE,
-        room,
+        None if room is None else room.admitted,
         sample.account_id_bytes,
         sample.name_bytes,
     )
@@ -155,7 +158,7 @@ async def measure_redis(redis: RedisAccess, names: str) -> RedisMeasures:
     await wire.close()
     ping = await _time(redis.client.ping, CALLS)
     unknown = [f"{names}~{number:07}" for number in range(BATCH)]
-    return RedisMeasures(ping, await _crowd(lambda: redis.client.mget(unknown), None))
+    return RedisMeasures(ping, await _crowd(lambda: redis.client.mget(unknown), CONNECTIONS[-1]))
 
 
 async def _time(call: Callable[[], Awaitable[object]], count: int) -> Timing:
@@ -168,10 +171,9 @@ async def _time(call: Callable[[], Awaitable[object]], count: int) -> Timing:
     return Timing(statistics.median(seconds), max(seconds))
 
 
-async def _crowd(call: Callable[[], Awaitable[object]], room: int | None) -> Crowd:
-    """Try more and more connections at once, at most a quarter of what there is room for."""
-    most = CONNECTIONS[-1] if room is None else max(room // 4, 1)
-    rates = {count: await _rate(call, count) for count in CONNECTIONS if count <= most}
+async def _crowd(call: Callable[[], Awaitable[object]], most: int) -> Crowd:
+    """Try more and more connections at once, up to *most*."""
+    rates = {count: await _rate(call, count) for count in CONNECTIONS if count <= max(most, 1)}
     best = max(rates.values())
     fewest = min(count for count, rate in rates.items() if rate >= _NEARLY * best)
     return Crowd(fewest, rates[fewest], best)

@@ -2,7 +2,7 @@
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.inspection import Look
-from tfm_guard.store.measuring import Sample
+from tfm_guard.store.measuring import Room, Sample
 from tfm_guard.store.schema import HEAD
 from tfm_guard.store.signs import HourOfUse, Said, Turn, hour_of, start_of
 from tfm_guard.store.store import Installation, Store
@@ -34,6 +34,7 @@ __all__ = [
     "Place",
     "PrefixTaken",
     "Register",
+    "Room",
     "Said",
     "Sample",
     "Store",

@@ -15,7 +15,8 @@ from tfm_guard.store.usage import UsageRows
 _SAMPLE: Final = 1000  # keys that are looked at
 _ROOM: Final = text(
     "SELECT current_setting('max_connections')::int"
-    " - current_setting('superuser_reserved_connections')::int"
+    " - current_setting('superuser_reserved_connections')::int AS admitted, count(*) AS used"
+    " FROM pg_stat_activity WHERE backend_type = 'client backend'"
 )
 
 
@@ -27,6 +28,13 @@ class Sample(NamedTuple):
     name_bytes: float
 
 
+class Room(NamedTuple):
+    """How many connections a server admits in all, and how many more than there are."""
+
+    admitted: int
+    free: int
+
+
 async def sample_keys(connection: AsyncConnection) -> Sample:
     """Look at some keys, whichever come first."""
     some = select(schema.keys.c.account_id, schema.keys.c.name).limit(_SAMPLE)
@@ -36,12 +44,12 @@ async def sample_keys(connection: AsyncConnection) -> Sample:
     return Sample(len(rows), accounts, names)
 
 
-async def count_room(connection: AsyncConnection) -> int | None:
-    """Return how many connections the server admits; none for SQLite, which has no server."""
+async def count_room(connection: AsyncConnection) -> Room | None:
+    """Return what room a server has for connections; none for SQLite, which has no server."""
     if connection.dialect.name == "sqlite":
         return None
-    most: int = (await connection.execute(_ROOM)).scalar_one()
-    return most
+    row = (await connection.execute(_ROOM)).one()
+    return Room(row.admitted, max(row.admitted - row.used, 0))
 
 
 def time_flush(

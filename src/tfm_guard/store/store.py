@@ -27,7 +27,7 @@ from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.inspection import Look, find_faults, look, prune_audit, prune_changes
-from tfm_guard.store.measuring import Sample, count_room, sample_keys, time_flush
+from tfm_guard.store.measuring import Room, Sample, count_room, sample_keys, time_flush
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.signs import HourOfUse, Said, Turn
 from tfm_guard.store.times import Times, change_times, read_times, require_times
@@ -300,8 +300,8 @@ class Store:
         """Look at some keys. `look` first."""
         return await self._database.read(sample_keys)
 
-    async def count_room(self) -> int | None:
-        """Return how many connections the database admits; none if any number."""
+    async def count_room(self) -> Room | None:
+        """Return what room the database has for connections; none if for any number."""
         return await self._database.read(count_room)
 
     async def time_flush(self, keys: int) -> float:
