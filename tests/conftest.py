@@ -13,6 +13,15 @@ from tests.support.redis import RedisServer
 _numbers = itertools.count(1)
 # Locked by every test while it runs, for itself alone or together with those of other processes.
 _room = Path(__file__).open("rb")  # noqa: SIM115  # open until the process ends
+# Seconds within which a server answers, or counts as away.
+_LIMITS = (
+    "store.database.READ_SECONDS",
+    "store.database._POOL_SECONDS",
+    "link.TIMEOUT_SECONDS",
+    "redis_access.TIMEOUT_SECONDS",
+    "shared_cache.TIMEOUT_SECONDS",
+    "verifier.DEADLINE_SECONDS",
+)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,10 +41,11 @@ def pytest_runtest_protocol(
 
 @pytest.fixture(autouse=True)
 def patience(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let a busy machine take its time for queries, but in tests that are marked `alone`."""
+    """Let a busy machine take its time for answers, but in tests that are marked `alone`."""
     with pytest.MonkeyPatch.context() as patch:
         if request.node.get_closest_marker("alone") is None:
-            patch.setattr("tfm_guard.store.database.READ_SECONDS", 10.0)
+            for limit in _LIMITS:
+                patch.setattr(f"tfm_guard.{limit}", 10.0)
         yield
 
 

@@ -47,7 +47,7 @@ def found(
 
 def test_the_rule_keeps_its_bounds() -> None:
     """On made keys of every shape it is wrong at most, and right at least, as often as promised."""
-    results = measure(keys=20, seed=2)
+    results = measure(keys=10, seed=2)
     assert set(results) == set(SHAPES) == set(BOUNDS)
     for shape, (alarms, *shares) in BOUNDS.items():
         assert results[shape]["false alarms"] <= alarms, (shape, results[shape])

@@ -14,7 +14,7 @@ from tests.support.servers import wait_until
 from tests.support.uvicorn_process import UvicornProcess
 
 APP = "tests.support.whoami_api:app"
-GRACE = 3  # seconds
+GRACE = 2  # seconds
 
 
 class Api:

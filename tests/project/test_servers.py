@@ -275,7 +275,7 @@ def test_nothing_is_left_out_unnoticed(tmp_path: Path, processes: str) -> None:
     """A run with a skipped or xfailed test, or a skipped module, fails and names each."""
     hooks = "from tests.conftest import pytest_make_collect_report, pytest_runtest_makereport\n"
     (tmp_path / "conftest.py").write_text(hooks)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:schemathesis\n")
     (tmp_path / "test_module.py").write_text(
         "import pytest\npytest.skip('lazy', allow_module_level=True)\n"
     )
