@@ -63,11 +63,14 @@ class Console(NamedTuple):
         content = urlencode(fields).encode() if body is None else body
         return await call(self.app(person), http_scope("POST", path, headers), content)
 
-    async def submit(self, path: str, *fields: tuple[str, str], person: Person = OWNER) -> Answer:
+    async def submit(
+        self, path: str, *fields: tuple[str, str], person: Person = OWNER, request_id: bytes = b""
+    ) -> Answer:
         """Open the form at an address, fill it in, and send it with what it carries."""
         page = (await self.get(path, person)).body.decode()
         hidden = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page)
-        return await self.post(path, *hidden, *fields, person=person)
+        headers = (FORM, SAME, (b"x-request-id", request_id))
+        return await self.post(path, *hidden, *fields, person=person, headers=headers)
 
     async def token(self, person: Person = OWNER) -> tuple[str, str]:
         """Return the field that shows that a form is ours."""
@@ -275,6 +278,22 @@ async def test_a_key_is_created_and_shown_in_that_answer_alone(console: Console)
         assert token[14:] not in seen.body.decode()
     page = (await console.get(f"/{key.key_id}")).body.decode()
     assert re.search(r"Created</bdi></td>\s*<td><bdi>ana</bdi>", page)
+
+
+async def test_the_audit_log_names_the_person_and_the_request(console: Console) -> None:
+    """What is done on the page is logged with who did it and the X-Request-ID, if that is good."""
+    await console.submit("/new", ("name", "CI"), request_id=b"r-1")
+    (key,) = await console.guard.keys.list("acme")
+    await console.submit(f"/{key.id}/rotate", ("grace", "0"), request_id=b"r-2")
+    (new,) = await console.guard.keys.list("acme")
+    await console.submit(f"/{new.id}/delete", request_id=b"\xff")
+    page = await console.guard.audit.list("acme")
+    assert [(row.actor, row.action, row.request_id) for row in reversed(page.items)] == [
+        ("person:ana", "api_key.created", "r-1"),
+        ("person:ana", "api_key.created", "r-2"),
+        ("person:ana", "api_key.rotated", "r-2"),
+        ("person:ana", "api_key.revoked", None),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from tfm_guard.errors import (
     Unavailable,
 )
 from tfm_guard.guard import Guard
+from tfm_guard.http.actors import actor_in
 from tfm_guard.http.console.charts import Chart, draw, gather
 from tfm_guard.http.console.forms import Form, FormExpired, Seals, read_form
 from tfm_guard.http.console.texts import Texts
@@ -36,7 +37,7 @@ from tfm_guard.http.lifespan import run_lifespan
 from tfm_guard.http.middleware import route_path
 from tfm_guard.http.persons import Identify, check_origin
 from tfm_guard.keys import DEFAULT_GRACE
-from tfm_guard.records import Account, ApiKey, CreatedKey, KeyUsage, Person, UsageRange
+from tfm_guard.records import Account, Actor, ApiKey, CreatedKey, KeyUsage, Person, UsageRange
 from tfm_guard.scopes import DEFAULT_SCOPES
 from tfm_guard.signs import status_of
 
@@ -98,8 +99,8 @@ class Visit(NamedTuple):
         return self.person.account_id
 
     @property
-    def actor(self) -> str:
-        return f"person:{self.person.id}"
+    def actor(self) -> Actor:
+        return actor_in(self.request, self.person)
 
     def key_id(self) -> UUID:
         try:
