@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import delete, select, update
 
-from tests.support.guards import LONG, installation_of, until
+from tests.support.guards import LONG, installation_of, is_settled, until
 from tests.support.keys import create_key, insert_key
 from tests.support.servers import ROOT
 from tests.support.sql import execute
@@ -56,7 +56,7 @@ class Member(Freshness):
     async def come_to(self, link: str) -> None:
         """Have a link, and return when it counts."""
         self.link_came(link)
-        await until(lambda: self.linked, what="the link counts")
+        await until(lambda: is_settled(self), what="the link counts")
 
     def hear(self) -> None:
         """Have the link answer what is asked now."""
@@ -379,6 +379,19 @@ async def test_recent_changes_are_floors_from_the_start(store: Store, database_u
     member = Member(store)
     await member.start()
     assert [member.floor(f"0000000{number}") for number in (1, 2, 3)] == [0, 1, 1]
+    await member.stop()
+
+
+async def test_very_many_recent_changes_are_read_in_parts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process comes in however many changes there were: no query reads more than a page."""
+    monkeypatch.setattr("tfm_guard.store.feed.PAGE", 2)
+    for number in range(1, 6):
+        await create_key(store, f"0000000{number}")
+    member = Member(store)
+    await member.start()
+    assert [member.floor(f"0000000{number}") for number in range(7)] == [0, 1, 1, 1, 1, 1, 0]
     await member.stop()
 
 

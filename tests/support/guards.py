@@ -128,13 +128,15 @@ async def linked_guard(url: str, redis: str, **options: Any) -> AsyncIterator[Gu
     Only then does it do nothing by itself, if the intervals are long.
     """
     async with new_guard(url, redis, **options) as guard:
-        await until(lambda: _is_settled(freshness_of(guard)), what="the link")
+        await until(lambda: is_settled(freshness_of(guard)), what="the link")
         yield guard
 
 
-def _is_settled(freshness: Any) -> bool:
+def is_settled(freshness: Any) -> bool:
+    """Tell whether a process's link counts, and it does nothing before the next interval ends."""
     told = (freshness._seen, freshness._link)  # noqa: SLF001  # nothing else leads inside
-    busy = freshness._recording or freshness._poll_soon.is_set()  # noqa: SLF001
+    soon = freshness._recording or freshness._poll_soon.is_set()  # noqa: SLF001
+    busy = soon or freshness._polling.locked()  # noqa: SLF001
     return bool(freshness._link_counts and freshness._recorded == told and not busy)  # noqa: SLF001
 
 

@@ -1,7 +1,7 @@
 """Reading the feed of changes, and the register of processes that cache."""
 
 from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final, NamedTuple
 from uuid import UUID
 
@@ -11,6 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tfm_guard.records import Change
 from tfm_guard.store import schema
 
+# How many changes are read at a time: well within the deadline of a read, on a slow machine too.
+PAGE: Final = 10_000
 # What a struck-off process has "seen": less than anything.
 MARKED: Final = -1
 _HEAD: Final = select(schema.feed.c.head).scalar_subquery()
@@ -151,11 +153,15 @@ async def changes_between(connection: AsyncConnection, seen: int, head: int) -> 
     return [Change(*row) for row in rows]
 
 
-async def changes_since(connection: AsyncConnection, now: datetime, seconds: float) -> list[Change]:
-    """Return the changes of the last *seconds* before *now*, in their order."""
+async def changes_since(
+    connection: AsyncConnection, *, moment: datetime, after: int
+) -> list[Change]:
+    """Return the first `PAGE` of the changes since *moment* and after number *after*."""
     columns = schema.changes.c
     rows = await connection.execute(
-        _CHANGES.where(columns.created_at > now - timedelta(seconds=seconds)).order_by(columns.id)
+        _CHANGES.where(columns.created_at > moment, columns.id > after)
+        .order_by(columns.id)
+        .limit(PAGE)
     )
     return [Change(*row) for row in rows]
 

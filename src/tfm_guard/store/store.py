@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -313,8 +314,18 @@ class Store:
         return await self._database.read_feed(lambda c: feed.changes_between(c, seen, head))
 
     async def recent_changes(self, state: FeedState, seconds: float) -> list[Change]:
-        """Return the changes of the last *seconds* before *state*, in their order."""
-        return await self._database.read_feed(lambda c: feed.changes_since(c, state.now, seconds))
+        """Return the changes of the last *seconds* before *state*, in their order.
+
+        Each query reads a page of them: after an import there may be millions.
+        """
+        moment, changes = state.now - timedelta(seconds=seconds), list[Change]()
+        while True:
+            after = changes[-1].id if changes else 0
+            read = partial(feed.changes_since, moment=moment, after=after)
+            page = await self._database.read_feed(read)
+            changes += page
+            if len(page) < feed.PAGE:
+                return changes
 
     async def confirm_revocation(self, key_id: UUID) -> None:
         """Record that the revocation of a key has been shown to hold everywhere."""
