@@ -385,7 +385,7 @@ class ConsoleApp:
             secret=created.token,
             key=created.key,
             first_steps=self._steps(visit),
-            **{"replaced": None, **values},
+            **values,
         )
 
     # One key
@@ -425,11 +425,11 @@ class ConsoleApp:
         form = await self._form(visit, "grace")
         if form.one("grace") not in self._texts.grace_choices:
             return await self._rotate_page(visit, 422, {"grace": self._texts.bad_choice})
-        key_id = visit.key_id()
+        old = await self._guard.keys.get(visit.account_id, visit.key_id())
         try:
             rotated = await self._guard.keys.rotate(
                 visit.account_id,
-                key_id,
+                old.id,
                 grace=timedelta(seconds=int(form.one("grace"))),
                 actor=visit.actor,
             )
@@ -437,13 +437,10 @@ class ConsoleApp:
             return await self._rotate_page(
                 visit, error.status, {"form": self._texts.refusal(error)}
             )
-        old = [key for key in await self._guard.keys.list(visit.account_id) if key.id == key_id]
+        there = await self._guard.keys.list(visit.account_id)
+        ends = next((key.expires_at for key in there if key.id == old.id), None)
         return self._show_once(
-            visit,
-            rotated,
-            replaced=old[0] if old else None,
-            unconfirmed=rotated.confirmed is None,
-            rotated=True,
+            visit, rotated, old=old, ends=ends, unconfirmed=rotated.confirmed is None
         )
 
     async def _ask_delete(self, visit: Visit) -> Response:
