@@ -314,6 +314,28 @@ async def test_usage_is_shown_in_full_ranges(sqlite_url: str) -> None:
             assert usage.accepted == usage.refused == sum(uses.values())
 
 
+async def test_the_usage_of_many_keys_is_that_of_each(database_url: str) -> None:
+    """Asked for together, each key has its own counts, also one that was never used, and no key."""
+    await prepare(database_url)
+    async with new_guard(database_url) as guard:
+        created = [await create(guard) for _ in range(3)]
+        await verify(guard, created[0], 4)
+        await verify(guard, created[1])
+        await refusal(guard, wrong_secret(guard, created[1].key.key_prefix))
+        await usage_of(guard).flush()
+        keys = [each.key for each in created]
+        found = await guard.keys.usage_of(keys, range="90d")
+        assert found == {
+            key.id: await guard.keys.usage("acme", key.id, range="90d") for key in keys
+        }
+        assert [(found[key.id].accepted, found[key.id].refused) for key in keys] == [
+            (4, 0),
+            (1, 1),
+            (0, 0),
+        ]
+        assert await guard.keys.usage_of([]) == {}
+
+
 async def test_usage_is_shown_to_nobody_else(sqlite_url: str) -> None:
     """Another account's key and one that never was are not found; no range is made up."""
     await prepare(sqlite_url)
