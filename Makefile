@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks races faults fuzz check screenshots bench lock test-floors clean
+.PHONY: help demo test simulate breaks races faults fuzz check screenshots bench bench-full lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -45,9 +45,12 @@ check: .venv/.ready ## Lint; check the formatting, the types and the floors (who
 screenshots: .venv/.ready ## Make a picture of each state of the page in docs/screenshots.
 	@.venv/bin/python -m tests.console
 
-bench: .venv/.ready ## Measure what the middleware adds to a request, and usage (ARGS=--json).
-	@.venv/bin/python benchmarks/warm_path.py $(ARGS)
-	@.venv/bin/python benchmarks/usage.py $(ARGS)
+bench: .venv/.ready ## Measure every performance target within 3 minutes (ARGS=--json).
+	@.venv/bin/python -m benchmarks.everything $(ARGS)
+
+bench-full: .venv/.ready ## Measure for 12 minutes, others too; write benchmarks/results and the README.
+	@.venv/bin/python -m benchmarks.everything --results benchmarks/results $(ARGS); \
+		missed=$$?; .venv/bin/python -m benchmarks.quote && exit $$missed
 
 lock: build/uv/.ready ## Resolve both lock files anew: newest versions, oldest allowed ones.
 	@$(COMPILE) --upgrade -o requirements/dev.lock

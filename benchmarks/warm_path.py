@@ -1,142 +1,185 @@
-"""What the middleware adds to a request whose key is in memory: T1.
+"""What the middleware adds to a request whose key is in memory (T1), and what refusing costs (T7).
 
-Measures, interleaved in one process: S, the time of one SHA-256 of a token; the bare app, called as
-a server calls it; and the same app behind the middleware. Prints medians, and what the middleware
-adds as a multiple of S, which is what can be compared between machines.
+Measured in turn in one process: S; the bare app, called as a server calls it; the same app behind
+the middleware; and the decision to refuse a forged token, and a wrong secret under the prefix of a
+key in memory. Single calls are timed too, for the percentiles.
 
-    python benchmarks/warm_path.py [--json]
+    python -m benchmarks.warm_path [--json] [--brief | --long]
 """
 
-import argparse
 import asyncio
 import gc
-import hashlib
-import json
-import statistics
 import tempfile
 import time
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
+from benchmarks.measuring import (
+    ASGIApp,
+    Figure,
+    Length,
+    Result,
+    Scope,
+    app,
+    discard,
+    figure_of,
+    percentile,
+    receive,
+    request,
+    run,
+    spread,
+    time_of_calls,
+    time_of_s,
+    times_of_calls,
+)
 from tfm_guard import APIKeyMiddleware, Guard
+from tfm_guard.errors import InvalidToken
 
-ROUNDS = 31
 CALLS = 2_000  # in each round
-TARGET = 5.0  # times S
+CALLS_REFUSED = 500
+SHARES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 
 
-async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
-    """Answer without reading, as the cheapest app there is."""
-    await send({"type": "http.response.start", "status": 204, "headers": []})
-    await send({"type": "http.response.body", "body": b""})
+def with_other_secret(token: bytes) -> bytes:
+    """Return a token with the prefix of *token* and a tag that does not fit, as one may guess."""
+    return token[:14] + bytes(reversed(token[14:46])) + token[46:]
 
 
-async def receive() -> Message:
-    """Be a server whose client has sent everything."""
-    return {"type": "http.request", "body": b"", "more_body": False}
+async def time_to_verify(guard: Guard, token: bytes) -> float:
+    """Return the seconds in which `verify` comes to refuse a forged *token*."""
+    refused = 0
+    started = time.perf_counter()
+    for _ in range(CALLS_REFUSED):
+        try:
+            await guard.verify(token)
+        except InvalidToken:
+            refused += 1
+    return _checked(time.perf_counter() - started, refused)
 
 
-async def discard(_message: Message) -> None:
-    """Be a server that forgets what it is told."""
+async def time_to_recall(guard: Guard, token: bytes) -> float:
+    """Return the seconds in which memory alone comes to refuse a wrong *token*."""
+    headers, refused = request(b"Bearer " + token)["headers"], 0
+    started = time.perf_counter()
+    for _ in range(CALLS_REFUSED):
+        try:
+            guard.recall(headers)
+        except InvalidToken:
+            refused += 1
+    return _checked(time.perf_counter() - started, refused)
 
 
-def request(token: bytes) -> Scope:
-    """Return what uvicorn makes of a request by a common client."""
+def _checked(seconds: float, refused: int) -> float:
+    if refused != CALLS_REFUSED:
+        raise SystemExit("a token that is of no key was accepted")
+    return seconds / CALLS_REFUSED
+
+
+async def measure_rounds(guard: Guard, length: Length) -> tuple[Result, int]:
+    """Return what was measured, and how many keys were looked for outside of memory meanwhile."""
+    token = (await guard.keys.create(account_id="bench", name="warm path")).token.encode()
+    forged = b"tfm_k_" + b"00112233" + token[14:]
+    wrong = with_other_secret(token)
+    guarded = APIKeyMiddleware(app, guard=guard, exempt=("/healthz",))
+    good, scopes = (
+        request(b"Bearer " + token),
+        [request(b"Bearer " + bad) for bad in (forged, wrong)],
+    )
+    await guarded(good, receive, discard)  # remembered from here on
+    before = guard.counters.store_reads + guard.counters.shared_reads
+    rounds = []
+    gc.disable()
+    for _ in range(length.of(3, 31, 101)):
+        s = time_of_s()
+        bare = await time_of_calls(app, good, CALLS)
+        warm = await time_of_calls(guarded, good, CALLS)
+        refusals = [await time_to_verify(guard, forged), await time_to_recall(guard, wrong)]
+        answers = [await time_of_calls(guarded, scope, CALLS // 20) for scope in scopes]
+        rounds.append((s, bare, warm, *refusals, *answers))
+        await asyncio.sleep(0)  # the lease is renewed by a task of the guard
+    gc.enable()
+    asked = guard.counters.store_reads + guard.counters.shared_reads - before
+    figures = figures_of(rounds)
+    s = spread(row[0] for row in rounds).median
+    curves = await measure_single_calls(guarded, good, s, length.of(2_000, 100_000, 400_000))
+    figures.insert(1, added_at_99(curves))
+    return Result(subject="warm_path", s_ns=s * 1e9, figures=figures, curves=curves), asked
+
+
+def figures_of(rounds: list[tuple[float, ...]]) -> list[Figure]:
+    """Return the medians over *rounds*: S, bare, warm, two refusals, and the two answers."""
+    multiples = [[each / row[0] for each in row] for row in rounds]
+    return [
+        figure_of(
+            (row[2] - row[1] for row in multiples),
+            target="T1",
+            name="added to a request, median",
+            unit="S",
+            most=5,
+        ),
+        figure_of((row[1] for row in multiples), target="", name="the bare app", unit="S"),
+        figure_of(
+            (row[3] for row in multiples),
+            target="T7",
+            name="refusing a forged key",
+            unit="S",
+            most=15,
+        ),
+        figure_of(
+            (row[4] for row in multiples),
+            target="T7",
+            name="refusing a wrong secret, prefix known",
+            unit="S",
+            most=8,
+        ),
+        figure_of(
+            (row[5] for row in multiples), target="", name="a forged key, with the answer", unit="S"
+        ),
+        figure_of(
+            (row[6] for row in multiples),
+            target="",
+            name="a wrong secret, with the answer",
+            unit="S",
+        ),
+    ]
+
+
+async def measure_single_calls(
+    guarded: ASGIApp, scope: Scope, s: float, calls: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Return the percentiles of single calls, as multiples of S."""
+    times: dict[str, list[float]] = {"bare": [], "tfm-guard": []}
+    for _ in range(calls // 1_000):
+        times["bare"] += await times_of_calls(app, scope, 1_000)
+        times["tfm-guard"] += await times_of_calls(guarded, scope, 1_000)
+        await asyncio.sleep(0)
     return {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
-        "http_version": "1.1",
-        "server": ("127.0.0.1", 8000),
-        "client": ("127.0.0.1", 50_000),
-        "scheme": "http",
-        "method": "GET",
-        "root_path": "",
-        "path": "/v1/emails/",
-        "raw_path": b"/v1/emails/",
-        "query_string": b"",
-        "headers": [
-            (b"host", b"127.0.0.1:8000"),
-            (b"accept", b"*/*"),
-            (b"accept-encoding", b"gzip, deflate"),
-            (b"connection", b"keep-alive"),
-            (b"user-agent", b"python-httpx/0.28.1"),
-            (b"authorization", b"Bearer " + token),
-        ],
-        "state": {},
+        name: [(share, percentile(sorted(each), share) / s) for share in SHARES]
+        for name, each in times.items()
     }
 
 
-def time_of_sha256(token: bytes) -> float:
-    """Return the seconds of one `hashlib.sha256(token).digest()`."""
-    sha256 = hashlib.sha256
-    started = time.perf_counter()
-    for _ in range(CALLS):
-        sha256(token).digest()
-    return (time.perf_counter() - started) / CALLS
+def added_at_99(curves: dict[str, list[tuple[float, float]]]) -> Figure:
+    """Return what 99 in 100 requests are at most longer than the median bare one."""
+    slow, plain = dict(curves["tfm-guard"])[0.99], dict(curves["bare"])[0.5]
+    return Figure(
+        target="T1", name="added to a request, p99", value=slow - plain, unit="S", most=15
+    )
 
 
-async def time_of_call(target: ASGIApp, scope: Scope) -> float:
-    """Return the seconds of one call of *target*."""
-    started = time.perf_counter()
-    for _ in range(CALLS):
-        await target(scope, receive, discard)
-    return (time.perf_counter() - started) / CALLS
-
-
-async def measure() -> dict[str, float]:
-    """Return the medians, in nanoseconds, and the ratio."""
+async def measured(length: Length) -> Result:
+    """Return all that is measured."""
     with tempfile.TemporaryDirectory() as folder:
         async with Guard.from_urls(database=f"sqlite:///{folder}/keys.db") as guard:
-            created = await guard.keys.create(account_id="bench", name="warm path")
-            token = created.token.encode()
-            guarded = APIKeyMiddleware(app, guard=guard, exempt=("/healthz",))
-            scope = request(token)
-            await guarded(scope, receive, discard)  # remembered from here on
-            before = guard.counters.store_reads
-            rounds = []
-            gc.disable()
-            for _ in range(ROUNDS):
-                s = time_of_sha256(token)
-                bare = await time_of_call(app, scope)
-                rounds.append((s, bare, await time_of_call(guarded, scope)))
-                await asyncio.sleep(0)  # the lease is renewed by a task of the guard
-            gc.enable()
-            misses = guard.counters.store_reads - before
-    s, bare, warm = (statistics.median(column) * 1e9 for column in zip(*rounds, strict=True))
-    ratios = sorted((warm - bare) / s for s, bare, warm in rounds)
-    return {
-        "S_ns": s,
-        "bare_ns": bare,
-        "guarded_ns": warm,
-        "added_ns": warm - bare,
-        "added_S": statistics.median(ratios),
-        "added_S_low": ratios[len(ratios) // 10],
-        "added_S_high": ratios[-len(ratios) // 10],
-        "misses": misses,
-        "target_S": TARGET,
-    }
+            result, asked = await measure_rounds(guard, length)
+    result.figures.append(
+        Figure(target="T7", name="questions to a database", value=asked, unit="", most=0)
+    )
+    return result
 
 
-def main() -> None:
-    """Print the table, or JSON; exit 1 if the target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    arguments = parser.parse_args()
-    result = asyncio.run(measure())
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        print(f"S, one SHA-256 of a token   {result['S_ns']:8.0f} ns")
-        print(f"bare app                    {result['bare_ns']:8.0f} ns")
-        print(f"behind the middleware       {result['guarded_ns']:8.0f} ns")
-        print(f"added by the middleware     {result['added_ns']:8.0f} ns")
-        print(
-            f"added, as a multiple of S   {result['added_S']:8.2f}      "
-            f"(8 in 10 rounds: {result['added_S_low']:.2f} to {result['added_S_high']:.2f}; "
-            f"target: at most {TARGET:g})"
-        )
-    raise SystemExit(0 if result["added_S"] <= TARGET and not result["misses"] else 1)
+def measure(length: Length) -> Result:
+    """Return all that is measured."""
+    return asyncio.run(measured(length))
 
 
 if __name__ == "__main__":
-    main()
+    run("warm_path", __doc__, measure)

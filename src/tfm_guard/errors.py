@@ -82,9 +82,14 @@ class InvalidToken(Refusal):
     status = 401
     bearer_error = "invalid_token"
     challenged = True
+    message = "The API key is not valid."
 
     def __init__(self, reason: str) -> None:
-        super().__init__("The API key is not valid.", reason=reason)
+        # Not by way of the classes above: a flood of wrong tokens makes a great many of these.
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class InsufficientScope(Refusal):

@@ -145,7 +145,7 @@ class Guard:
 
     async def ready(self) -> None:
         """Open the guard if it is not yet, as the first request does. Raises `Unavailable`."""
-        with self._outages.noted():
+        with self._outages:
             await self._open_for_request()
 
     async def verify(self, token: str | bytes) -> VerifiedKey:
@@ -158,7 +158,7 @@ class Guard:
             raw = token if isinstance(token, bytes) else token.encode("ascii")
         except UnicodeEncodeError:
             raise InvalidToken("not of the form of a key") from None
-        with self._outages.noted():
+        with self._outages:
             verifier = (await self._open_for_request()).verifier
             return verifier.recall(as_headers(raw)) or await verifier.look_up(raw)
 
@@ -177,7 +177,7 @@ class Guard:
         `while await guard.holds(request.user): yield ...`. Raises `Unavailable` where it cannot be
         known now: never treat that one as a no.
         """
-        with self._outages.noted():
+        with self._outages:
             return await (await self._open_for_request()).verifier.holds(key)
 
     def watch(self, key: VerifiedKey) -> AbstractContextManager[LiveConnection]:

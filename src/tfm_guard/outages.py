@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 from typing import Final
 
 from tfm_guard.clock import Clock
@@ -37,25 +36,32 @@ class Seldom:
 
 
 class Outages:
-    """Says that keys cannot be verified: at once, and then at intervals for as long as it lasts."""
+    """Says that keys cannot be verified: at once, and then at intervals for as long as it lasts.
+
+    As a context it notes what keeps the block from knowing about a token, and raises that as
+    `Unavailable`. It may be entered by several at the same time.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._seldom = Seldom(clock)
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note what keeps the block from knowing about a token, and raise it as `Unavailable`."""
-        try:
-            yield
-        except InvalidToken:
-            raise
-        except Unavailable as error:
+    def __enter__(self) -> None:
+        """Begin a block; there is nothing to prepare."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or isinstance(error, InvalidToken):
+            return
+        if isinstance(error, Unavailable):
             self.note(error.reason)
-            raise
-        except GuardError as error:
+        elif isinstance(error, GuardError):
             self.note(str(error))
             raise Unavailable("the guard cannot be opened") from error
-        except Exception as error:
+        elif isinstance(error, Exception):
             # A fault of ours. Nothing is known about the token, so nothing is said about it.
             self.note(type(error).__name__, fault=error)
             raise Unavailable("internal error") from error

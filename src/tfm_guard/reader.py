@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
 from tfm_guard.clock import Clock
-from tfm_guard.coalescer import Coalescer
+from tfm_guard.coalescer import Coalescer, Shared
 from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import Freshness
@@ -67,7 +67,7 @@ class Beginning(NamedTuple):
     monotonic: float  # seconds
 
 
-class Flight:
+class Flight(Shared[Known | Unproven | None]):
     """A read under way. *sent* from just before its first question leaves."""
 
     __slots__ = ("landing", "sent")
@@ -75,7 +75,17 @@ class Flight:
     landing: "asyncio.Task[Known | Unproven | None]"
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent = False
+
+    def land(self, landing: "asyncio.Task[Known | Unproven | None]") -> None:
+        """Have all who are aboard get what it brings back."""
+        if landing.cancelled():
+            self.fail(asyncio.CancelledError())
+        elif (error := landing.exception()) is not None:
+            self.fail(error)
+        else:
+            self.answer(landing.result())
 
 
 class KeyReader:
@@ -135,8 +145,7 @@ class KeyReader:
         joined = flight is not None and flight.sent
         if flight is None or (joined and not sent_ones_too):
             flight, joined = self._take_off(prefix, after=flight), False
-        # Shielded: the others on this flight go on when one of them is cancelled.
-        return await asyncio.shield(flight.landing), joined
+        return await flight.wait(), joined
 
     def detach(self, prefix: str) -> None:
         """Let nobody join the flight for *prefix* any more: its key has changed."""
@@ -156,8 +165,7 @@ class KeyReader:
         def land(task: "asyncio.Task[Known | Unproven | None]") -> None:
             if self._flights.get(prefix) is flight:
                 del self._flights[prefix]
-            if not task.cancelled():
-                task.exception()  # seen, should everybody have gone
+            flight.land(task)
 
         flight.landing = asyncio.get_running_loop().create_task(self._fly(prefix, flight, after))
         flight.landing.add_done_callback(land)

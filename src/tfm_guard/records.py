@@ -230,10 +230,12 @@ class KeyCredentials(AuthCredentials):
         return f"KeyCredentials({' '.join(self.scopes)!r}, realm={self.realm!r})"
 
 
-# digest, key id, prefix, microseconds from 1970 to its expiry or _NEVER, the same for when it was
-# replaced, bytes of account id
-_RECORD: Final = struct.Struct(">16s16s8sqqH")
-_NEVER: Final = -(2**63)  # long before all calendars
+# digest, key id, prefix, which moments follow, bytes of account id; then come those moments, the
+# account id and the name. Most keys have neither moment, and a million of them no room for none.
+_RECORD: Final = struct.Struct(">16s16s8sBH")
+_MOMENT: Final = struct.Struct(">q")  # microseconds from 1970
+_EXPIRES: Final = 1
+_REPLACED: Final = 2
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 
@@ -266,15 +268,13 @@ class VerifiedKey(Struct, frozen=True, gc=False):
     ) -> Self:
         """Return the key made of these, with the *digest* of its token."""
         account = account_id.encode()
-        head = _RECORD.pack(
-            digest,
-            key_id.bytes,
-            key_prefix.encode(),
-            _microseconds(expires_at),
-            _microseconds(replaced_at),
-            len(account),
-        )
-        return cls(head + account + name.encode(), credentials)
+        moments, following = 0, b""
+        if expires_at is not None:
+            moments, following = _EXPIRES, _packed(expires_at)
+        if replaced_at is not None:
+            moments, following = moments | _REPLACED, following + _packed(replaced_at)
+        head = _RECORD.pack(digest, key_id.bytes, key_prefix.encode(), moments, len(account))
+        return cls(head + following + account + name.encode(), credentials)
 
     @property
     def key_id(self) -> UUID:
@@ -287,11 +287,12 @@ class VerifiedKey(Struct, frozen=True, gc=False):
 
     @property
     def account_id(self) -> str:
-        return self.record[_RECORD.size : self._account_end].decode()
+        start, end = self._account
+        return self.record[start:end].decode()
 
     @property
     def name(self) -> str:
-        return self.record[self._account_end :].decode()
+        return self.record[self._account[1] :].decode()
 
     @property
     def scopes(self) -> frozenset[str]:
@@ -299,11 +300,12 @@ class VerifiedKey(Struct, frozen=True, gc=False):
 
     @property
     def expires_at(self) -> datetime | None:
-        return _moment(_RECORD.unpack_from(self.record)[3])
+        return self._moment(0) if self._moments & _EXPIRES else None
 
     @property
     def replaced_at(self) -> datetime | None:
-        return _moment(_RECORD.unpack_from(self.record)[4])
+        place = 1 if self._moments & _EXPIRES else 0
+        return self._moment(place) if self._moments & _REPLACED else None
 
     @property
     def is_authenticated(self) -> bool:
@@ -318,9 +320,21 @@ class VerifiedKey(Struct, frozen=True, gc=False):
         return str(self.key_id)
 
     @property
-    def _account_end(self) -> int:
-        length: int = _RECORD.unpack_from(self.record)[5]
-        return _RECORD.size + length
+    def _moments(self) -> int:
+        moments: int = _RECORD.unpack_from(self.record)[3]
+        return moments
+
+    def _moment(self, place: int) -> datetime:
+        start = _RECORD.size + place * _MOMENT.size
+        microseconds: int = _MOMENT.unpack_from(self.record, start)[0]
+        return _EPOCH + microseconds * _MICROSECOND
+
+    @property
+    def _account(self) -> tuple[int, int]:
+        """Where in the record the account id begins and ends."""
+        length: int = _RECORD.unpack_from(self.record)[4]
+        start = _RECORD.size + self._moments.bit_count() * _MOMENT.size
+        return start, start + length
 
     def __repr__(self) -> str:
         return (
@@ -329,12 +343,8 @@ class VerifiedKey(Struct, frozen=True, gc=False):
         )
 
 
-def _microseconds(moment: datetime | None) -> int:
-    return _NEVER if moment is None else (moment - _EPOCH) // _MICROSECOND
-
-
-def _moment(microseconds: int) -> datetime | None:
-    return None if microseconds == _NEVER else _EPOCH + microseconds * _MICROSECOND
+def _packed(moment: datetime) -> bytes:
+    return _MOMENT.pack((moment - _EPOCH) // _MICROSECOND)
 
 
 class CacheEntry(Struct, frozen=True, array_like=True):

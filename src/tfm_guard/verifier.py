@@ -6,10 +6,10 @@ count only while the process is fresh; the store always does. `recall` is the wa
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from hmac import compare_digest
+from types import TracebackType
 from typing import Final
 from uuid import UUID
 
@@ -19,7 +19,7 @@ from tfm_guard.counters import Counters
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing
-from tfm_guard.local_cache import Denial, LocalCache, NegativeCache
+from tfm_guard.local_cache import Denial, LocalCache, LocalEntry, NegativeCache
 from tfm_guard.reader import KeyReader, Known, Unproven
 from tfm_guard.records import Change, Explanation, StoredKey, VerifiedKey
 from tfm_guard.store import Store
@@ -40,6 +40,7 @@ DEADLINE_SECONDS: Final = 1.0
 _RENEWALS: Final = 4
 _SUSPENDED: Final = "account suspended"
 _NO_KEY: Final = "not of the form of a key"
+_FORGED: Final = "tag does not match"
 _UNKNOWN: Final = "unknown prefix"
 _WRONG: Final = "wrong secret"
 
@@ -77,9 +78,7 @@ class Verifier:
         self._counters = counters
         self._proofs: dict[bytes, asyncio.Task[bool]] = {}
         self._renewals: set[asyncio.Task[None]] = set()
-        self.recall = _warm_path(
-            local, freshness, digest_keys.current, self._check_form, usage, clock
-        )
+        self.recall = _warm_path(local, freshness, digest_keys.current, self._refuse_wrong, clock)
         freshness.listen(on_change=self._apply, on_flush=self._forget_everything)
 
     def __repr__(self) -> str:
@@ -93,7 +92,7 @@ class Verifier:
             self._counters.negative_hits += 1
             raise self._denied(denial)
         negative_epoch = self._negative.epoch
-        async with _deadline():
+        async with _Deadline():
             found = await self._reader.find(prefix_of(token))
             if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
                 found = self._reader.proven(found, digest)
@@ -115,7 +114,7 @@ class Verifier:
         now = self._clock.monotonic()
         if remembered is not None and now < min(self._freshness.fresh_until, remembered.deadline):
             return _covers(remembered.key.key_id, remembered.key.scopes, key)
-        async with _deadline():
+        async with _Deadline():
             found = await self._reader.find(key.key_prefix)
         if isinstance(found, Unproven):
             return _why_inactive(found.row) is None and _covers(found.row.id, found.row.scopes, key)
@@ -153,9 +152,21 @@ class Verifier:
         """Refuse what cannot be a key, before anything is asked about it."""
         if is_tagged(token):
             if not self._tagger.holds(token):
-                raise InvalidToken("tag does not match")
+                raise InvalidToken(_FORGED)
         elif not (self._accept_untagged and is_untagged(token)):
             raise InvalidToken(_NO_KEY)
+
+    def _refuse_wrong(self, token: bytes, entry: LocalEntry) -> None:
+        """Refuse what looks like a key with the prefix of *entry*, which it is not."""
+        if is_tagged(token):
+            if not self._tagger.holds(token):
+                raise InvalidToken(_FORGED)
+        elif not is_untagged(token):
+            return  # anything may have stood there
+        elif not self._accept_untagged:
+            raise InvalidToken(_NO_KEY)
+        self._usage.refuse(entry.key_id)
+        raise InvalidToken(_WRONG)
 
     def _refusal(self, denial: Denial, digest: bytes, negative_epoch: int) -> InvalidToken:
         # A suspension may end, and then its keys are good at once; the other reasons are for good,
@@ -220,12 +231,11 @@ class Verifier:
         self._reader.detach_all()
 
 
-def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call would cost a twentieth
+def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a twentieth
     local: LocalCache,
     freshness: Freshness,
     digest_key: DigestKey,
-    check_form: Callable[[bytes], None],
-    usage: Usage,
+    refuse_wrong: Callable[[bytes, LocalEntry], None],
     clock: Clock,
 ) -> Callable[[Headers], VerifiedKey | None]:
     """Make the function that most requests need and nothing else.
@@ -261,12 +271,8 @@ def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call wou
         mac.update(value)
         key = entry.key
         if not compare_digest(mac.digest(), key.record[:16]):  # the digest
-            # Anything may have stood there, and only what looks like a key is a wrong one.
-            token = value[7:]
-            if value.startswith(b"Bearer ") and (is_tagged(token) or is_untagged(token)):
-                check_form(token)
-                usage.refuse(entry.key_id)
-                raise InvalidToken(_WRONG)
+            if value.startswith(b"Bearer "):
+                refuse_wrong(value[7:], entry)
             return None
         if not entry.hits:
             note_used(entry)
@@ -277,14 +283,25 @@ def _warm_path(  # noqa: C901, PLR0917  # one function on purpose: each call wou
     return recall
 
 
-@asynccontextmanager
-async def _deadline() -> AsyncIterator[None]:
-    """Break the block off when its time is over, and raise `Unavailable`."""
-    try:
-        async with asyncio.timeout(DEADLINE_SECONDS):
-            yield
-    except TimeoutError:
-        raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
+class _Deadline:
+    """Breaks its block off when its time is over, and raises `Unavailable`."""
+
+    def __init__(self) -> None:
+        self._timeout = asyncio.timeout(DEADLINE_SECONDS)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
 
 
 _SHARED_DENIALS: Final = 4096

@@ -231,12 +231,8 @@ NEVER: Final = {
         "await feed.state_and_record(connection, worker_id, place)",
     ): "only PostgreSQL is asked so",
     (
-        "verifier._deadline",
-        "async with asyncio.timeout(DEADLINE_SECONDS):",
-    ): "a timeout is entered and left at once",
-    (
         "verifier.Verifier.look_up",
-        "async with _deadline():",
+        "async with _Deadline():",
     ): "a timeout is entered and left at once",
     (
         "verifier.Verifier.close",

@@ -65,7 +65,8 @@ class APIKeyMiddleware:
         return f"APIKeyMiddleware({self.app!r}, exempt={sorted(self._exempt)})"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in _GUARDED:
+        kind = scope["type"]
+        if kind not in _GUARDED:
             await self._pass_on(scope, receive, send)
             return
         path = route_path(scope) if scope.get("root_path") else scope["path"]
@@ -77,9 +78,9 @@ class APIKeyMiddleware:
                 return
             scope["user"] = key
             scope["auth"] = credentials = key.credentials
-            if credentials.replaced and scope["type"] == "http":
+            if credentials.replaced and kind == "http":
                 send = _announcing_its_end(key, send)
-            if scope["type"] in self._live:
+            if kind in self._live:
                 await self._run_live(key, scope, receive, send)
                 return
         await self.app(scope, receive, send)

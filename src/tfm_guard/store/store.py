@@ -475,9 +475,10 @@ class Store:
 _ACTIVE_KEYS: Final = select(schema.keys, schema.key_usage.c.last_used_at).outerjoin(
     schema.key_usage, schema.key_usage.c.key_id == schema.keys.c.id
 )
+# In the order of the fields, but for the last, which `find_keys` adds: the time of reading.
 _FIND_KEYS: Final = (
     select(
-        *(column for column in schema.keys.c if column.name in {*StoredKey._fields}),
+        *(schema.keys.c[field] for field in StoredKey._fields if field in schema.keys.c),
         schema.accounts.c.suspended_at,
     )
     .join(schema.accounts, schema.accounts.c.id == schema.keys.c.account_id)
@@ -502,6 +503,4 @@ async def _read_installation(connection: AsyncConnection) -> tuple[Installation,
 
 
 def _stored_key(row: Any) -> StoredKey:
-    values = row._asdict()
-    values["scopes"] = granted(row.scopes)
-    return StoredKey(**values)
+    return StoredKey._make(row)._replace(scopes=granted(row.scopes))
