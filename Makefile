@@ -9,7 +9,7 @@ COMPILE = build/uv/bin/uv pip compile pyproject.toml --all-extras --group dev --
 	--generate-hashes --no-header --no-annotate --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test simulate breaks races faults fuzz check browser screenshots bench bench-full lock test-floors clean
+.PHONY: help demo test simulate breaks races faults fuzz check screenshots bench bench-full lock test-floors clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets.
@@ -19,10 +19,7 @@ demo: .venv/.ready ## Serve the example on this machine (ARGS="--port 9000").
 	@.venv/bin/tfm-guard demo $(ARGS)
 
 test: .venv/.ready ## Run the whole test suite in two processes (ARGS="-k revoke").
-	@.venv/bin/python -m pytest $(IN_TWO) --ignore tests/console $(ARGS)
-
-browser: .venv/.ready ## Test the page in a real browser, Debian's Chromium.
-	@.venv/bin/python -m pytest $(IN_TWO) tests/console $(ARGS)
+	@.venv/bin/python -m pytest $(IN_TWO) $(ARGS)
 
 simulate: .venv/.ready ## Search simulated failures for long (ARGS="--seed 1 --steps 1000000").
 	@.venv/bin/python -m tests.simulation $(ARGS)

@@ -386,6 +386,7 @@ class Guard:
                 store=store,
                 local=local,
                 freshness=freshness,
+                flush_seconds=settings.usage_flush_seconds,
                 clock=clock,
                 random=self._random,
                 counters=counters,
@@ -472,7 +473,7 @@ class Guard:
 
     def _new_redis(self) -> RedisAccess | None:
         url = self.settings.redis_url
-        return None if url is None else RedisAccess(url)
+        return None if url is None else RedisAccess(url, pool_size=self.settings.redis_pool_size)
 
     def _opened_parts(self) -> _Parts:
         if self._parts is None:

@@ -20,6 +20,7 @@ from argon2.exceptions import InvalidHashError, VerificationError
 
 from tfm_guard.counters import Counters
 from tfm_guard.errors import Unavailable
+from tfm_guard.settings import MAXIMUM_WORK_KIB
 
 T = TypeVar("T")
 
@@ -31,7 +32,6 @@ QUEUE: Final = 16
 # allowed to take the machine down. RFC 9106's second choice, and argon2-cffi's default, is 64 MiB
 # and three passes; this admits two and a half times that work.
 _MAXIMUM_MEMORY_KIB: Final = 262_144
-_MAXIMUM_WORK_KIB: Final = 524_288  # memory times passes
 _MAXIMUM_LANES: Final = 16
 
 # A fast hash is stored as its name, this mark, and its hexadecimal digits.
@@ -135,7 +135,7 @@ def _is_affordable(secret_hash: str) -> bool:
         return False
     return (
         asked.memory_cost <= _MAXIMUM_MEMORY_KIB
-        and asked.memory_cost * asked.time_cost <= _MAXIMUM_WORK_KIB
+        and asked.memory_cost * asked.time_cost <= MAXIMUM_WORK_KIB
         and asked.parallelism <= _MAXIMUM_LANES
     )
 
@@ -174,7 +174,7 @@ def _checked_phc(text: str) -> str:
     if not _is_affordable(text):
         raise ValueError(
             f"argon2 with m={asked.memory_cost},t={asked.time_cost},p={asked.parallelism} asks for "
-            f"too much: m at most {_MAXIMUM_MEMORY_KIB}, m times t at most {_MAXIMUM_WORK_KIB}, "
+            f"too much: m at most {_MAXIMUM_MEMORY_KIB}, m times t at most {MAXIMUM_WORK_KIB}, "
             f"p at most {_MAXIMUM_LANES}"
         )
     return text

@@ -15,7 +15,6 @@ from tfm_guard.errors import ConfigurationError
 
 # For a command and its answer, and for coming into connection.
 TIMEOUT_SECONDS: Final = 0.25
-_POOL_SIZE: Final = 16
 
 
 class Wire(Protocol):
@@ -36,10 +35,13 @@ class Wire(Protocol):
 
 
 class RedisAccess:
-    """The server at *url*. Raises `ConfigurationError` if that cannot be one."""
+    """The server at *url*, on up to *pool_size* connections beside those of `connect`.
 
-    def __init__(self, url: str) -> None:
-        self._pool = _pool(url)
+    Raises `ConfigurationError` if that cannot be one.
+    """
+
+    def __init__(self, url: str, *, pool_size: int = 16) -> None:
+        self._pool = _pool(url, pool_size)
         self.client = Redis.from_pool(self._pool)
 
     async def connect(self) -> Wire:
@@ -114,7 +116,7 @@ def _field(info: bytes, name: bytes) -> str:
     raise ConnectionError(f"this Redis does not tell its {name.decode()}")
 
 
-def _pool(url: str) -> BlockingConnectionPool:
+def _pool(url: str, size: int) -> BlockingConnectionPool:
     options = parse_qs(urlsplit(url).query)
     if any(not option.startswith("ssl_") for option in options):
         raise ConfigurationError(
@@ -124,7 +126,7 @@ def _pool(url: str) -> BlockingConnectionPool:
     try:
         return BlockingConnectionPool.from_url(
             url,
-            max_connections=_POOL_SIZE,
+            max_connections=size,
             timeout=TIMEOUT_SECONDS,
             socket_timeout=TIMEOUT_SECONDS,
             socket_connect_timeout=TIMEOUT_SECONDS,

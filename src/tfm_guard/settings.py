@@ -16,6 +16,9 @@ from tfm_guard.scopes import ScopeRegistry
 
 DEFAULT_REALM: Final = "api"
 DEFAULT_PLANS: Final = {"free": 2, "starter": 5, "pro": 15, "business": 50}
+# The most that argon2 is given for one hash, memory times passes: `Hashing` verifies none that
+# asks for more.
+MAXIMUM_WORK_KIB: Final = 524_288
 
 _PREFIX: Final = "TFM_GUARD_"
 _TESTS_PREFIX: Final = "TFM_GUARD_TEST_"  # read by this project's tests, not by the library
@@ -44,8 +47,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     database_pool_size: Annotated[int, Meta(ge=1, le=200)] = 10
     # redis://… or rediss://…; none: this process's memory and the database do without.
     redis_url: str | None = None
+    # Connections for reading from Redis and writing to it, beside two for changes.
+    redis_pool_size: Annotated[int, Meta(ge=1, le=200)] = 16
     # Keys that one process remembers, at up to 300 bytes each, and as many refused tokens.
     local_cache_size: Annotated[int, Meta(ge=1, le=10_000_000)] = 100_000
+    # Seconds between two writings of what was counted: what is lost with a process that is killed.
+    usage_flush_seconds: Annotated[int, Meta(ge=1, le=60)] = 5
     # The protection space named in challenges (RFC 9110 section 11.5).
     realm: str = DEFAULT_REALM
     # Root secrets, newest first; empty: the one that was made with the database's tables.
@@ -257,6 +264,18 @@ def _inconsistencies(values: Mapping[str, Any]) -> Iterator[str]:
         yield "TFM_GUARD_REALM: it is empty; give it a name, or unset it"
     elif not (realm.isascii() and realm.isprintable()) or set(realm) & {'"', "\\"}:
         yield "TFM_GUARD_REALM: expected printable ASCII without quotes or backslashes"
-    memory, lanes = values.get("argon2_memory_kib", 19_456), values.get("argon2_parallelism", 1)
+    yield from _argon2_inconsistencies(
+        values.get("argon2_memory_kib", 19_456),
+        values.get("argon2_time_cost", 2),
+        values.get("argon2_parallelism", 1),
+    )
+
+
+def _argon2_inconsistencies(memory: int, passes: int, lanes: int) -> Iterator[str]:
     if memory < 8 * lanes:
         yield f"TFM_GUARD_ARGON2_MEMORY_KIB: {lanes} lanes need at least {8 * lanes} KiB"
+    if memory * passes > MAXIMUM_WORK_KIB:
+        yield (
+            f"TFM_GUARD_ARGON2_TIME_COST: {passes} passes over {memory} KiB are more work than is "
+            f"done for one hash; the product is at most {MAXIMUM_WORK_KIB}"
+        )

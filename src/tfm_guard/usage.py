@@ -27,12 +27,11 @@ from tfm_guard.store import Store, UsageHour
 
 _log: Final = logging.getLogger(__name__)
 
-FLUSH_SECONDS: Final = 5.0
 # How long closing waits for the last flush.
 _CLOSING_SECONDS: Final = 3.0
 _AGAIN_SECONDS: Final = 0.2
 # Keys in one transaction: on SQLite it keeps other changes waiting, for tens of milliseconds.
-_BATCH: Final = 10_000
+BATCH: Final = 10_000
 # Hours of keys that are kept while they cannot be written, at some 250 bytes each.
 _MOST_KEPT: Final = 100_000
 # Entries that are counted without letting the event loop do something else.
@@ -56,7 +55,7 @@ class _Batch(NamedTuple):
 
 
 class Usage:
-    """Counts what is accepted and refused for keys, and writes it every `FLUSH_SECONDS`."""
+    """Counts what is accepted and refused for keys, and writes it every *flush_seconds*."""
 
     def __init__(
         self,
@@ -64,6 +63,7 @@ class Usage:
         store: Store,
         local: LocalCache,
         freshness: Freshness,
+        flush_seconds: float,
         clock: Clock,
         random: Callable[[int], bytes],
         counters: Counters,
@@ -71,6 +71,7 @@ class Usage:
         self._store = store
         self._local = local
         self._freshness = freshness
+        self._flush_seconds = flush_seconds
         self._clock = clock
         self._random = random
         self._counters = counters
@@ -123,7 +124,7 @@ class Usage:
             await asyncio.sleep(0)
         if self._batch is not None:
             await self._write(self._batch)
-        for _ in range(0, len(self._kept), _BATCH):  # and not what is added meanwhile
+        for _ in range(0, len(self._kept), BATCH):  # and not what is added meanwhile
             await self._write(self._next_batch())
 
     async def _write(self, batch: _Batch) -> None:
@@ -136,7 +137,7 @@ class Usage:
         self._batch = None
 
     def _next_batch(self) -> _Batch:
-        names = list(islice(self._kept, _BATCH))
+        names = list(islice(self._kept, BATCH))
         tallies = [self._kept.pop(name) for name in names]
         return _Batch(UUID(bytes=self._random(16), version=4), tallies, self._clock.monotonic())
 
@@ -170,12 +171,12 @@ class Usage:
 
     async def _flush_for_ever(self) -> None:
         # Processes that were started together do not write together.
-        await self._pause(random.uniform(0, FLUSH_SECONDS))  # noqa: S311
+        await self._pause(random.uniform(0, self._flush_seconds))  # noqa: S311
         while True:
             last = self._stopping.is_set()  # else what comes during this flush would be left
             await self._try_to_flush()
             if not last:
-                await self._pause(FLUSH_SECONDS)
+                await self._pause(self._flush_seconds)
             elif self._failing:
                 await self._clock.sleep(_AGAIN_SECONDS)  # until closing has no more time
             else:

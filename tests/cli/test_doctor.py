@@ -203,6 +203,6 @@ def test_clocks_that_differ_are_wrong(
 
 def test_costly_hashing_is_told(sqlite_url: str) -> None:
     """What takes longer than a quarter of a second here is advised to be lowered."""
-    variables = {"TFM_GUARD_ARGON2_MEMORY_KIB": "131072", "TFM_GUARD_ARGON2_TIME_COST": "10"}
+    variables = {"TFM_GUARD_ARGON2_MEMORY_KIB": "65536", "TFM_GUARD_ARGON2_TIME_COST": "8"}
     _, found = examine(sqlite_url, **variables)
     assert "lower TFM_GUARD_ARGON2_MEMORY_KIB" in found["argon2"]["advice"]

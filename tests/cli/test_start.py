@@ -39,6 +39,7 @@ def test_these_are_the_commands() -> None:
         ("db",),
         ("db", "check"),
         ("db", "prune"),
+        ("db", "times"),
         ("db", "upgrade"),
         ("demo",),
         ("doctor",),
@@ -52,6 +53,7 @@ def test_these_are_the_commands() -> None:
         ("keys", "verify"),
         ("prove",),
         ("serve",),
+        ("tune",),
     }
 
 

@@ -4,6 +4,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,18 @@ from tests.support.console import (
     silent_process,
 )
 from tests.support.servers import ROOT
+from tfm_guard import Guard
 
 PICTURES = ROOT / "docs" / "screenshots"
 WIDE = {"width": 1120, "height": 700}
 NARROW = {"width": 390, "height": 760}
+# Right to left, as long as can be, markup, and ordinary ones.
+NAMES = (
+    *(f"Shop in {town}" for town in ("Bern", "Graz", "Lyon", "Porto", "Turin", "Ghent")),
+    "מפתח של החנות",
+    "x" * 100,
+    "<b>CI</b> & more",
+)
 
 Scene = Callable[[Page], None]
 
@@ -65,11 +74,31 @@ def show_rotation(page: Page) -> None:
     page.get_by_role("link", name="Rotate Newsletter").click()
 
 
-def show_key(page: Page) -> None:
-    """One key, over 7 days."""
+def show_key(page: Page, days: str = "7 days") -> None:
+    """One key, over some time."""
     page.goto(LIST)
     page.get_by_role("link", name="Web shop", exact=True).click()
-    page.get_by_role("link", name="7 days", exact=True).click()
+    page.get_by_role("link", name=days, exact=True).click()
+
+
+def show_search(page: Page) -> None:
+    """What is found of many keys, by name."""
+    page.goto(f"{LIST}?sort=name&q=shop")
+
+
+def show_rotated(page: Page) -> None:
+    """The one time that the key is shown that takes another's place."""
+    show_rotation(page)
+    page.get_by_role("button", name="Rotate key").click()
+    page.get_by_role("heading", name="Copy your key now").wait_for()
+
+
+def show_deleted(page: Page) -> None:
+    """What is said when a key is refused everywhere."""
+    page.goto(LIST)
+    page.get_by_role("link", name="Delete Importer").first.click()
+    page.get_by_role("button", name="Delete key").click()
+    page.get_by_text("Every server refuses it.").wait_for()
 
 
 def show_waiting(page: Page) -> None:
@@ -106,6 +135,8 @@ def main() -> None:
         take("list-narrow", show_list, viewport=NARROW)
         take("list-member", show_list, role="member")
         take("key", show_key)
+        for days in ("24 hours", "30 days", "90 days"):
+            take(f"key-{days.replace(' ', '-')}", partial(show_key, days=days))
         take("key-dark", show_key, color_scheme="dark")
         take("key-narrow", show_key, viewport=NARROW)
         take("create", show_form)
@@ -116,15 +147,22 @@ def main() -> None:
         take("created-dark", show_created, color_scheme="dark")
         take("empty", show_list, account="new")
         take("signed-out", show_list, account="")
-        server.work(lambda guard: _fill_up(guard, "full"))
+        server.work(lambda guard: _create(guard, "full", "Web shop", "CI"))
         take("limit", show_list, account="full")
+        server.work(lambda guard: _create(guard, "many", *NAMES, plan="business"))
+        take("search", show_search, account="many")
+        take("names", show_list, account="many")
+        take("deleted", show_deleted)
         with silent_process(server, link="away"):
             take("delete-waiting", show_waiting)
             take("delete-unconfirmed", show_unconfirmed)
+        server.work(lambda guard: _create(guard, "rotated", "Newsletter", plan="business"))
+        take("rotated", show_rotated, account="rotated")
 
 
-async def _fill_up(guard: Any, account: str) -> None:
-    for name in ("Web shop", "CI"):
+async def _create(guard: Guard, account: str, *names: str, plan: str = "free") -> None:
+    await guard.accounts.set_plan(account, plan)
+    for name in names:
         await guard.keys.create(account_id=account, name=name)
 
 

@@ -2,85 +2,21 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-import axe_playwright_python
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Error, Page, expect
+from playwright.sync_api import Error, Page, expect
 
-from tests.support.browser import running_browser
-from tests.support.console import (
-    LIST,
-    ConsoleServer,
-    console_server,
-    fill,
-    silent_process,
-)
+from tests.console.conftest import Visit
+from tests.support.axe import findings
+from tests.support.console import LIST, ConsoleServer, fill, silent_process
 from tfm_guard import Guard
 from tfm_guard.errors import InvalidToken
 from tfm_guard.records import ApiKey, CreatedKey
 
-AXE = Path(axe_playwright_python.__file__).with_name("axe.min.js")
 TOKEN = re.compile(r"tfm_k_[0-9a-f]{48}")
-# Of axe's rules, those of WCAG 2.2 A and AA, and its own best practices.
-TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 HOSTILE = "</title><script>document.title='taken'</script>"
 RIGHT_TO_LEFT = "מפתח של החנות"
-
-_numbers = itertools.count(1)
-
-Visit = Callable[..., Page]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ConsoleServer]:
-    """Serve the page."""
-    with console_server(tmp_path_factory.mktemp("console")) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Run one browser for all tests here."""
-    with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture
-def account() -> str:
-    """Name an account of the test's own."""
-    return f"account{next(_numbers)}"
-
-
-@pytest.fixture
-def visit(server: ConsoleServer, browser: Browser, account: str) -> Iterator[Visit]:
-    """Open tabs; in none of them may the browser complain, least of all of the policy."""
-    contexts: list[BrowserContext] = []
-    complaints: list[str] = []
-
-    def open_tab(role: str = "owner", **options: Any) -> Page:
-        page = server.visit(browser, account, role, **options)
-        page.set_default_timeout(15_000)
-        # The status of an answer is not a complaint.
-        page.on(
-            "console",
-            lambda message: (
-                complaints.append(message.text)
-                if message.type in ("error", "warning") and "status of 4" not in message.text
-                else None
-            ),
-        )
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        contexts.append(page.context)
-        return page
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-    assert complaints == []
 
 
 def create(page: Page, name: str = "CI") -> str:
@@ -140,7 +76,8 @@ def keys_of(server: ConsoleServer, account: str) -> list[ApiKey]:
 
 def test_a_key_is_created_and_shown_once(server: ConsoleServer, visit: Visit) -> None:
     """The token that is shown works, can be copied, and is gone when it was stored."""
-    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(LIST)
     expect(page.get_by_role("heading", name="No keys yet")).to_be_visible()
     token = create(page, "Web shop")
@@ -180,7 +117,7 @@ def test_back_and_forward_never_show_a_key_again(
     server: ConsoleServer, visit: Visit, account: str, *, javascript: bool
 ) -> None:
     """Wherever the history leads, nothing shows the key, and nothing more is created."""
-    page = visit(java_script_enabled=javascript)
+    page = visit(javascript=javascript)
     token = create(page)
     page.get_by_role("link", name="I have stored it").click()
     expect(page.get_by_role("row", name="CI")).to_be_visible()
@@ -193,7 +130,7 @@ def test_back_and_forward_never_show_a_key_again(
 @pytest.mark.parametrize("javascript", [True, False], ids=["script", "no script"])
 def test_leaving_by_back_and_returning_shows_no_key(visit: Visit, *, javascript: bool) -> None:
     """Back from the key to the form and forward again: the key is not there any more."""
-    page = visit(java_script_enabled=javascript)
+    page = visit(javascript=javascript)
     token = create(page)
     for way in ("back", "forward"):
         go(page, way)
@@ -204,7 +141,7 @@ def test_a_form_sent_again_creates_nothing(
     server: ConsoleServer, visit: Visit, account: str
 ) -> None:
     """Without script a reload sends the form again: it says so, and shows and creates no key."""
-    page = visit(java_script_enabled=False)
+    page = visit(javascript=False)
     token = create(page)
     page.reload()
     expect(page.get_by_role("alert")).to_contain_text("the key “CI” was created")
@@ -218,7 +155,7 @@ def test_a_key_is_rotated(
 ) -> None:
     """The new token works, the old one too for as long as was chosen, and the list says so."""
     (created,) = seed(server, account, "CI")
-    page = visit(java_script_enabled=javascript)
+    page = visit(javascript=javascript)
     page.goto(LIST)
     page.get_by_role("link", name="Rotate CI").click()
     page.get_by_label("The old key works for another").select_option("3 days")
@@ -240,7 +177,7 @@ def test_a_key_is_deleted(
 ) -> None:
     """The question names the key; then it is refused, its row is gone, and the page says so."""
     created, _ = seed(server, account, "CI", "Other")
-    page = visit(java_script_enabled=javascript)
+    page = visit(javascript=javascript)
     page.goto(LIST)
     page.get_by_role("link", name="Delete CI").click()
     expect(page.get_by_role("heading", name="Delete CI?")).to_be_visible()
@@ -265,7 +202,7 @@ def test_the_page_says_that_it_waits(server: ConsoleServer, visit: Visit, accoun
         press = "document.querySelector('main button').click()"
         busy = page.evaluate(f"{press}, document.querySelector('[role=status]').innerText")
         assert busy == "Deleting… waiting until every server refuses the key."
-        expect(page.get_by_text("Every server refuses it.")).to_be_visible()
+    expect(page.get_by_text("Every server refuses it.")).to_be_visible()
 
 
 @pytest.mark.parametrize("javascript", [True, False], ids=["script", "no script"])
@@ -274,7 +211,7 @@ def test_what_is_not_confirmed_stays_in_the_list(
 ) -> None:
     """A key that some process may still accept is shown as being revoked, until asking says no."""
     seed(server, account, "CI")
-    page = visit(java_script_enabled=javascript)
+    page = visit(javascript=javascript)
     page.goto(LIST)
     page.get_by_role("link", name="Delete CI").click()
     with silent_process(server, link="away"):
@@ -304,7 +241,7 @@ def tab_to(page: Page, text: str) -> None:
     raise AssertionError(f"{text!r} cannot be reached with Tab")
 
 
-def test_everything_is_done_by_keyboard(server: ConsoleServer, visit: Visit, account: str) -> None:
+def test_keys_are_changed_by_keyboard(server: ConsoleServer, visit: Visit, account: str) -> None:
     """A key is created, stored, rotated and deleted with Tab, Space and Enter alone."""
     page = visit()
     page.goto(LIST)
@@ -342,33 +279,31 @@ def test_everything_is_done_by_keyboard(server: ConsoleServer, visit: Visit, acc
     assert left.id == key.id
 
 
-def findings(page: Page) -> list[str]:
-    """Return what axe finds wrong with the page as it is, and with its contrast in the dark.
-
-    On a narrow screen too, where nothing may stick out sideways.
-    """
-    size = page.viewport_size
-    page.evaluate(AXE.read_text())
-    found = run_axe(page, {"type": "tag", "values": TAGS})
-    page.emulate_media(color_scheme="dark")
-    found += run_axe(page, {"type": "rule", "values": ["color-contrast"]})
-    page.emulate_media(color_scheme="light")
-    page.set_viewport_size({"width": 320, "height": 640})
-    found += run_axe(page, {"type": "tag", "values": ["cat.aria", "cat.tables", "cat.keyboard"]})
-    width = page.evaluate("document.documentElement.scrollWidth")
-    assert size is not None
-    page.set_viewport_size(size)
-    return found + ([f"{width} wide on a screen of 320"] if width > 320 else [])
-
-
-def run_axe(page: Page, rules: dict[str, Any]) -> list[str]:
-    """Return what these rules of axe, which is loaded, find."""
-    results = page.evaluate("(options) => axe.run(options)", {"runOnly": rules})
-    return [
-        f"{violation['id']}: {node['html']}"
-        for violation in results["violations"]
-        for node in violation["nodes"]
-    ]
+def test_keys_are_found_by_keyboard(server: ConsoleServer, visit: Visit, account: str) -> None:
+    """The list is sorted and searched, and a key's use looked at, with Tab and Enter alone."""
+    keys = seed(server, account, *(f"Key {letter}" for letter in "BIAHCGDFE"))
+    page = visit()
+    page.goto(LIST)
+    tab_to(page, "Name")
+    page.keyboard.press("Enter")
+    names = page.locator("tbody th .name")
+    expect(names).to_have_text([f"Key {letter}" for letter in "ABCDEFGHI"])
+    tab_to(page, "q")
+    page.keyboard.type(keys[1].key.key_prefix)
+    page.keyboard.press("Enter")
+    expect(names).to_have_text(["Key I"])
+    tab_to(page, "Key I")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("img", name="no requests in 24 hours")).to_be_visible()
+    tab_to(page, "30 days")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("img", name="no requests in 30 days")).to_be_visible()
+    tab_to(page, "As a table")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("No requests in this time.")).to_be_visible()
+    tab_to(page, "Back to API Keys")
+    page.keyboard.press("Enter")
+    expect(names).to_have_count(9)
 
 
 def test_axe_finds_nothing(server: ConsoleServer, visit: Visit, account: str) -> None:

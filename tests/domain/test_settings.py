@@ -40,7 +40,9 @@ def test_every_setting_has_a_variable() -> None:
             "TFM_GUARD_DATABASE_URL": URL,
             "TFM_GUARD_DATABASE_POOL_SIZE": "7",
             "TFM_GUARD_REDIS_URL": "redis://cache/1",
+            "TFM_GUARD_REDIS_POOL_SIZE": "8",
             "TFM_GUARD_LOCAL_CACHE_SIZE": "50",
+            "TFM_GUARD_USAGE_FLUSH_SECONDS": "9",
             "TFM_GUARD_REALM": "mail api",
             "TFM_GUARD_SECRETS": f"{SECRET}, {SECRET[::-1]}",
             "TFM_GUARD_SCOPES": '{"invoices:read": "Read invoices"}',
@@ -55,7 +57,9 @@ def test_every_setting_has_a_variable() -> None:
         database_url=URL,
         database_pool_size=7,
         redis_url="redis://cache/1",
+        redis_pool_size=8,
         local_cache_size=50,
+        usage_flush_seconds=9,
         realm="mail api",
         secrets=(SECRET, SECRET[::-1]),
         scopes={"invoices:read": "Read invoices"},
@@ -85,7 +89,9 @@ FAULTY = {
     "TFM_GUARD_DATABASE_URL": "mysql://acme@localhost/keys",
     "TFM_GUARD_DATABASE_POOL_SIZE": "0",
     "TFM_GUARD_REDIS_URL": "",
+    "TFM_GUARD_REDIS_POOL_SIZE": "0",
     "TFM_GUARD_LOCAL_CACHE_SIZE": "",
+    "TFM_GUARD_USAGE_FLUSH_SECONDS": "61",
     "TFM_GUARD_REALM": 'a"b',
     "TFM_GUARD_SECRETS": "too-short",
     "TFM_GUARD_SCOPES": '{"no scope": ""}',
@@ -143,6 +149,14 @@ def test_lanes_need_their_memory() -> None:
     """argon2 wants 8 KiB for each lane; too little is refused before any hash is made."""
     (fault,) = faults(database_url=URL, argon2_memory_kib=31, argon2_parallelism=4)
     assert fault == "TFM_GUARD_ARGON2_MEMORY_KIB: 4 lanes need at least 32 KiB"
+
+
+def test_no_hash_is_made_that_could_not_be_verified() -> None:
+    """Work beyond what is done for one hash is refused: each such key would be refused later."""
+    most: dict[str, Any] = {"database_url": URL, "argon2_memory_kib": 131_072}
+    assert Settings.load({}, **most, argon2_time_cost=4).argon2_time_cost == 4
+    (fault,) = faults(**most, argon2_time_cost=5)
+    assert fault.startswith("TFM_GUARD_ARGON2_TIME_COST: 5 passes over 131072 KiB are more work")
 
 
 def test_a_misspelt_setting_is_refused() -> None:

@@ -301,6 +301,28 @@ async def test_revoking_again_joins_the_wait(database_url: str) -> None:
     assert [change.kind for change in changes] == ["created", "revoked"]
 
 
+async def test_what_is_not_confirmed_is_listed_until_it_is(database_url: str) -> None:
+    """Revoked keys are listed from their revocation to its confirmation, the latest first."""
+    clock = ManualClock()
+    async with new_guard(database_url, clock=clock) as guard:
+        one, two, other = [await create(guard) for _ in range(3)]
+        await guard.keys.revoke("acme", other.key.id)
+        assert await guard.keys.unconfirmed("acme") == []
+        enter_dead_process(database_url)
+        for created in (one, two):
+            revoking = await begin_revoking(guard, clock, created)
+            revoking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await revoking
+            await clock.pass_time(1)
+        assert await guard.keys.unconfirmed("acme") == [two.key, one.key]
+        assert await guard.keys.unconfirmed("other") == []
+        again = asyncio.create_task(guard.keys.revoke("acme", two.key.id))
+        await clock.pass_time(LONGEST_WAIT)
+        assert (await again).how == "lease"
+        assert await guard.keys.unconfirmed("acme") == []
+
+
 async def test_two_callers_wait_for_one_revocation(database_url: str) -> None:
     """Who revokes a key while another caller waits for the same waits too; it is made once."""
     clock = ManualClock()

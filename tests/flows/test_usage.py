@@ -23,9 +23,12 @@ from tests.support.sql import execute
 from tfm_guard import Guard
 from tfm_guard.errors import InvalidInput, KeyNotFound
 from tfm_guard.records import CreatedKey, KeyUsage
+from tfm_guard.settings import Settings
 from tfm_guard.store import schema
 from tfm_guard.testing import ManualClock
-from tfm_guard.usage import FLUSH_SECONDS, Usage
+from tfm_guard.usage import Usage
+
+FLUSH_SECONDS = Settings(database_url="").usage_flush_seconds
 
 
 def usage_of(guard: Guard) -> Usage:
@@ -165,6 +168,22 @@ async def test_usage_is_written_every_five_seconds(sqlite_url: str) -> None:
         assert guard.counters.usage_flushes == 2
 
 
+async def test_the_interval_is_a_setting(sqlite_url: str) -> None:
+    """With 60 s between two flushes nothing is written in the 58 s after one."""
+    await prepare(sqlite_url)
+    clock = ManualClock()
+    async with new_guard(sqlite_url, clock=clock, usage_flush_seconds=60) as guard:
+        created = await create(guard)
+        await verify(guard, created)
+        while guard.counters.usage_flushes == 0:
+            await clock.pass_time(1)
+        await verify(guard, created)
+        await clock.pass_time(58)
+        assert guard.counters.usage_flushes == 1
+        await clock.pass_time(2)
+        assert guard.counters.usage_flushes == 2
+
+
 async def test_closing_writes_what_is_left(database_url: str) -> None:
     """Nothing that was counted is lost with the process, if it is told to end."""
     await prepare(database_url)
@@ -293,6 +312,28 @@ async def test_usage_is_shown_in_full_ranges(sqlite_url: str) -> None:
             found = {n: bucket.accepted for n, bucket in enumerate(reversed(usage.buckets))}
             assert {n: accepted for n, accepted in found.items() if accepted} == uses
             assert usage.accepted == usage.refused == sum(uses.values())
+
+
+async def test_the_usage_of_many_keys_is_that_of_each(database_url: str) -> None:
+    """Asked for together, each key has its own counts, also one that was never used, and no key."""
+    await prepare(database_url)
+    async with new_guard(database_url) as guard:
+        created = [await create(guard) for _ in range(3)]
+        await verify(guard, created[0], 4)
+        await verify(guard, created[1])
+        await refusal(guard, wrong_secret(guard, created[1].key.key_prefix))
+        await usage_of(guard).flush()
+        keys = [each.key for each in created]
+        found = await guard.keys.usage_of(keys, range="90d")
+        assert found == {
+            key.id: await guard.keys.usage("acme", key.id, range="90d") for key in keys
+        }
+        assert [(found[key.id].accepted, found[key.id].refused) for key in keys] == [
+            (4, 0),
+            (1, 1),
+            (0, 0),
+        ]
+        assert await guard.keys.usage_of([]) == {}
 
 
 async def test_usage_is_shown_to_nobody_else(sqlite_url: str) -> None:

@@ -19,16 +19,18 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp
 
 from tests.http.support import Answer, call, http_scope, make_guard
-from tests.support.guards import new_guard, store_of
+from tests.support.guards import begin_waiting, create, new_guard, store_of
 from tests.support.sql import execute
 from tfm_guard import Guard, Person
-from tfm_guard.errors import ConfigurationError
+from tfm_guard.confirmation import CONFIRM_SECONDS
+from tfm_guard.errors import ConfigurationError, InvalidToken
 from tfm_guard.http.console import texts
 from tfm_guard.http.console.charts import draw, gather
 from tfm_guard.http.identities import jwt_identity, session_identity
 from tfm_guard.http.persons import Identify
 from tfm_guard.http.sign_in import LINK_SECONDS, SESSION_SECONDS, SignInLinks
 from tfm_guard.records import Tally, UsageBucket
+from tfm_guard.store import schema
 from tfm_guard.testing import ManualClock
 
 OWNER = Person(account_id="acme", id="ana", may_manage=True)
@@ -63,11 +65,14 @@ class Console(NamedTuple):
         content = urlencode(fields).encode() if body is None else body
         return await call(self.app(person), http_scope("POST", path, headers), content)
 
-    async def submit(self, path: str, *fields: tuple[str, str], person: Person = OWNER) -> Answer:
+    async def submit(
+        self, path: str, *fields: tuple[str, str], person: Person = OWNER, request_id: bytes = b""
+    ) -> Answer:
         """Open the form at an address, fill it in, and send it with what it carries."""
         page = (await self.get(path, person)).body.decode()
         hidden = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page)
-        return await self.post(path, *hidden, *fields, person=person)
+        headers = (FORM, SAME, (b"x-request-id", request_id))
+        return await self.post(path, *hidden, *fields, person=person, headers=headers)
 
     async def token(self, person: Person = OWNER) -> tuple[str, str]:
         """Return the field that shows that a form is ours."""
@@ -277,6 +282,22 @@ async def test_a_key_is_created_and_shown_in_that_answer_alone(console: Console)
     assert re.search(r"Created</bdi></td>\s*<td><bdi>ana</bdi>", page)
 
 
+async def test_the_audit_log_names_the_person_and_the_request(console: Console) -> None:
+    """What is done on the page is logged with who did it and the X-Request-ID, if that is good."""
+    await console.submit("/new", ("name", "CI"), request_id=b"r-1")
+    (key,) = await console.guard.keys.list("acme")
+    await console.submit(f"/{key.id}/rotate", ("grace", "0"), request_id=b"r-2")
+    (new,) = await console.guard.keys.list("acme")
+    await console.submit(f"/{new.id}/delete", request_id=b"\xff")
+    page = await console.guard.audit.list("acme")
+    assert [(row.actor, row.action, row.request_id) for row in reversed(page.items)] == [
+        ("person:ana", "api_key.created", "r-1"),
+        ("person:ana", "api_key.created", "r-2"),
+        ("person:ana", "api_key.rotated", "r-2"),
+        ("person:ana", "api_key.revoked", None),
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -414,6 +435,47 @@ async def test_a_key_is_rotated_and_the_old_one_stays_for_its_grace(console: Con
     assert b"rotated already" in again.body
     page = (await console.get("/")).body.decode()
     assert page.count("/rotate") == 1
+
+
+async def test_without_grace_the_old_key_is_said_to_have_ended(console: Console) -> None:
+    """Rotated with no grace, the old key is refused, and the page names it."""
+    created = await console.guard.keys.create(account_id="acme", name="CI")
+    answer = await console.submit(f"/{created.key.id}/rotate", ("grace", "0"))
+    assert answer.status == 201
+    prefix = f'<code class="prefix">tfm_k_{created.key.key_prefix}…</code>'
+    assert f"The old key {prefix} works no more." in answer.body.decode()
+    with pytest.raises(InvalidToken):
+        await console.guard.verify(created.token)
+
+
+async def test_a_rotation_that_is_not_confirmed_says_so(clock: tuple[Console, ManualClock]) -> None:
+    """Where a process may not know when the old key ends, the new one is shown all the same."""
+    console, time = clock
+    created = await create(console.guard)
+    row = {"id": uuid4(), "name": "cut off", "link": "x/y", "seen": 0, "turn": 1}
+    url = console.guard.settings.database_url
+    execute(url, schema.workers.insert().values(**row, registered_at=time.now()))
+    rotating = await begin_waiting(
+        time, console.submit(f"/{created.key.id}/rotate", ("grace", "3600"))
+    )
+    await time.pass_time(CONFIRM_SECONDS)
+    page = (await rotating).body.decode()
+    assert TOKEN.search(page)
+    prefix = f'<code class="prefix">tfm_k_{created.key.key_prefix}…</code>'
+    assert f"knows when the old key {prefix} ends" in page
+
+
+async def test_no_page_shows_a_brace_that_nothing_was_put_into(console: Console) -> None:
+    """Whatever is shown of a key, each place in the texts got its value."""
+    created = await console.guard.keys.create(account_id="acme", name="CI")
+    path = f"/{created.key.id}"
+    answers = [await console.get(each) for each in ("/", "/new", path, "/?q=x")]
+    answers += [await console.get(f"{path}{way}") for way in ("/rotate", "/delete")]
+    answers.append(await console.submit(f"{path}/rotate", ("grace", "3600")))
+    answers.append(await console.submit("/new", ("name", "CI")))
+    for answer in answers:
+        shown = re.sub(r"(?s)<pre.*?</pre>", "", answer.body.decode())
+        assert not re.search(r"\{\w*\}", shown)
 
 
 async def test_a_key_is_deleted_and_the_list_says_so_once(console: Console) -> None:

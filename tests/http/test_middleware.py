@@ -576,7 +576,7 @@ def openings() -> Iterator[list[str]]:
     noted: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if "FROM tfm_settings" in statement:
+        if "FROM tfm_secrets" in statement:
             noted.append(statement)
 
     event.listen(Engine, "before_cursor_execute", note)

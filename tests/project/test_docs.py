@@ -303,7 +303,7 @@ def test_every_command_is_named() -> None:
     assert {row[0] for row in table(README, "command", "what")} == existing
     rows = table(page, "command", "what it does")
     assert {re.split(r" -| [A-Z]", row[0])[0] for row in rows} == existing
-    options = set(re.findall(r"--[a-z][a-z-]+", page))
+    options = set(re.findall(r"--[a-z][a-z0-9-]+", page))
     assert options == {option for path in existing for option in _options(path)}
 
 

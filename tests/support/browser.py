@@ -1,17 +1,22 @@
 """A real browser: the machine's own Chromium, driven by Playwright."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.support.servers import ServerFailed
+from tests.support.servers import ROOT, ServerFailed
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
-_INSTALL = ("apt-get", "install", "--yes", "--no-install-recommends", "chromium")
+_NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+_APT_GET = ("apt-get", "-o", "DPkg::Lock::Timeout=300")  # seconds
+_UPDATE = (*_APT_GET, "update")
+_INSTALL = (*_APT_GET, "install", "--yes", "--no-install-recommends", "chromium")
 _FLAGS = (
     "--disable-gpu",
     "--disable-quic",
@@ -24,17 +29,56 @@ _FLAGS = (
 
 def find_chromium() -> str:
     """Return the path of a Chromium, which root installs; ServerFailed tells what to install."""
-    found = _on_path()
-    if found is None and os.geteuid() == 0 and shutil.which(_INSTALL[0]):
-        subprocess.run(_INSTALL, check=False, capture_output=True)
+    found, said = _on_path(), ""
+    if found is None and os.geteuid() == 0 and shutil.which(_APT_GET[0]):
+        # Of several processes one installs it; the others wait, and find it.
+        with Path(__file__).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            said = _install() if _on_path() is None else ""
         found = _on_path()
     if found is None:
-        raise ServerFailed(f"no Chromium: install it, as root: {' '.join(_INSTALL)}")
+        raise ServerFailed(
+            f"no Chromium: there is no {', no '.join(_NAMES)} on PATH. Install one; on Debian, as "
+            f"root: apt-get install --no-install-recommends chromium\n{said}".rstrip()
+        )
     return found
+
+
+def begin_to_find_chromium() -> "subprocess.Popen[bytes] | None":
+    """Start a process that installs Chromium, if there is none yet and it can be installed.
+
+    `find_chromium` waits for it, and tells what went wrong.
+    """
+    if _on_path() is not None:
+        return None
+    # No thread: others fork.
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def _on_path() -> str | None:
     return next(filter(None, map(shutil.which, _NAMES)), None)
+
+
+def _install() -> str:
+    """Install Chromium; return the end of what that said."""
+    output = ""
+    for command in (_UPDATE, _INSTALL):
+        done = subprocess.run(
+            command,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            text=True,
+        )
+        output += done.stdout
+    return output[-2000:]
 
 
 @contextmanager
@@ -54,3 +98,7 @@ def running_browser() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+if __name__ == "__main__":
+    find_chromium()

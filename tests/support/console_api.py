@@ -6,7 +6,10 @@ from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 from starlette.routing import Mount
 
-from tfm_guard import Guard, Person
+from tfm_guard import Guard, Person, confirmation
+
+# Some tests wait until revoking gives up.
+confirmation.CONFIRM_SECONDS = 2.0  # type: ignore[misc]  # final, but for tests
 
 guard = Guard.from_urls(
     database=os.environ["TFM_GUARD_DATABASE_URL"],

@@ -14,6 +14,7 @@ from tfm_guard.cli.failures import Program
 from tfm_guard.cli.keys import keys
 from tfm_guard.cli.prove import prove
 from tfm_guard.cli.serve import serve
+from tfm_guard.cli.tune import tune
 
 __all__ = ["main"]
 
@@ -43,5 +44,5 @@ def main() -> None:
     """Manage API keys: the words for `--help` stand above."""
 
 
-for command in (accounts, db, demo, doctor, keys, prove, serve):
+for command in (accounts, db, demo, doctor, keys, prove, serve, tune):
     main.add_command(command)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from tfm_guard.cli.failures import Failure
-from tfm_guard.cli.tables import print_json
+from tfm_guard.cli.key_views import json_option
+from tfm_guard.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
-    from tfm_guard.store import Store
+    from tfm_guard.store import Store, Times
 
 # For so long the audit log is shown.
 _SHOWN_DAYS: Final = 90
@@ -80,15 +81,52 @@ def prune(audit_days: int, *, as_json: bool) -> None:
     click.echo(f"Removed rows: {told}.", err=True)
 
 
+@db.command()
+@click.option("--lease-seconds", type=click.FloatRange(1, 20), help="How long memory counts.")
+@click.option(
+    "--poll-seconds", type=click.FloatRange(0.05, 5), help="Between two reads of the feed."
+)
+@click.option(
+    "--linked-poll-seconds",
+    type=click.FloatRange(0.05, 10),
+    help="Likewise, for processes that hear of changes over Redis.",
+)
+@click.option(
+    "--unfed-seconds",
+    type=click.FloatRange(10, 300),
+    help="How long memory counts while only Redis answers.",
+)
+@click.option(
+    "--ended", is_flag=True, help="Strike processes off that are dead and still in the register."
+)
+@json_option
+def times(*, ended: bool, as_json: bool, **given: float | None) -> None:
+    """Print the times that all processes share; with options, change them.
+
+    They change only while no process runs: two that know different leases could not promise each
+    other anything. So end all processes, `tfm-guard serve` too, change the times, and start them
+    again. One that was killed stays in the register; --ended strikes off whoever is there. If one
+    lives nevertheless, it takes no key from memory any more until it is started anew.
+    """
+    wanted = {name: value for name, value in given.items() if value is not None}
+    if ended and not wanted:
+        raise click.UsageError("--ended goes with a time to change.")
+    now = asyncio.run(_change_times(wanted, ended=ended))
+    if as_json:
+        print_json(now)
+    else:
+        print_table(("time", "seconds"), [(name, f"{value:g}") for name, value in now.items()])
+
+
 @asynccontextmanager
-async def existing_store() -> AsyncIterator["Store"]:
+async def existing_store(*, pool_size: int = 1) -> AsyncIterator["Store"]:
     """Open the database as it is; nothing is made if it is not there, or empty."""
     from tfm_guard.clock import SystemClock
     from tfm_guard.settings import Settings
     from tfm_guard.store import Store
 
     settings = Settings.load(os.environ)
-    store = Store(settings.database_url, pool_size=1, clock=SystemClock())
+    store = Store(settings.database_url, pool_size=pool_size, clock=SystemClock())
     try:
         yield store
     finally:
@@ -114,6 +152,35 @@ async def _check() -> list[str]:
     async with existing_store() as store:
         await _require_tables(store)
         return await store.find_faults()
+
+
+async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, float]:
+    async with existing_store() as store:
+        await _require_tables(store)
+        new = (await store.shared_times())._replace(**wanted)
+        if not wanted:
+            return new._asdict()
+        if faults := faults_of(new):
+            raise Failure(*faults)
+        if present := await store.change_times(new, ended=ended):
+            raise Failure(
+                f"in the register: {', '.join(present)}",
+                "the times change only while no process runs: end all; of those that were killed, "
+                "say so with --ended",
+            )
+        return new._asdict()
+
+
+def faults_of(times: "Times") -> list[str]:
+    """Return why the times do not go together."""
+    faults = []
+    if times.lease_seconds < 2 * times.poll_seconds:
+        faults.append("the lease must be at least twice as long as the poll interval")
+    if times.lease_seconds <= times.linked_poll_seconds:
+        faults.append("the lease must be longer than the poll interval with Redis")
+    if times.unfed_seconds < 2 * times.lease_seconds:
+        faults.append("what only Redis vouches for must count at least twice as long as the lease")
+    return faults
 
 
 async def _prune(audit_age: timedelta) -> dict[str, int]:

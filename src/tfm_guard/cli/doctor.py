@@ -159,7 +159,7 @@ def _lease_finding(look: "Look", seconds: float) -> Finding:
             "wrong",
             found,
             "it ends before the feed is read again, so that every request asks the database: "
-            "make lease_seconds in tfm_settings longer, or the database faster",
+            "make it longer, with tfm-guard db times, or the database faster",
         )
     if seconds > lease * _MOST_OF_LEASE:
         advice = f"reading the database takes {seconds:.1f} s, which leaves little of the lease"

@@ -1,6 +1,5 @@
 """The management API: `/v1/api-keys/`, as programs and people manage the keys of an account."""
 
-import re
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import cached_property
@@ -25,6 +24,7 @@ from tfm_guard.errors import (
     Unavailable,
 )
 from tfm_guard.guard import Guard
+from tfm_guard.http.actors import actor_in
 from tfm_guard.http.messages import (
     AuditQuery,
     ChangeKeyRequest,
@@ -43,14 +43,10 @@ from tfm_guard.http.middleware import APIKeyMiddleware, route_path
 from tfm_guard.http.openapi import describe
 from tfm_guard.http.persons import Identify, check_origin, identified
 from tfm_guard.http.refusals import RefusalResponse, send_refusal
-from tfm_guard.keys import actor_of
 from tfm_guard.records import Actor, ApiKey, VerifiedKey
 
 # The description of the API holds no secret, and is read before there is a key.
 DESCRIPTION_PATH: Final = "/v1/openapi.json"
-
-# Of X-Request-ID, what the audit log takes: printable ASCII.
-_REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
 
 
 class NotFound(Refusal):
@@ -265,20 +261,10 @@ def _caller(request: Request, needed: str | None = None) -> Caller:
     if isinstance(user, VerifiedKey):
         if needed is not None and needed not in user.scopes:
             raise InsufficientScope(frozenset({needed}))
-        name, key = actor_of(user), user
-    else:
-        if not (user.may_manage or request.method in {"GET", "HEAD"}):
-            raise NotAllowed
-        name, key = f"person:{user.id}", None
-    return Caller(user.account_id, Actor(name, _request_id(request)), key)
-
-
-def _request_id(request: Request) -> str | None:
-    """Return the id that a request came with, if that can be logged as it is."""
-    match request.headers.getlist("x-request-id"):
-        case [request_id] if _REQUEST_ID.fullmatch(request_id):
-            return request_id
-    return None
+    elif not (user.may_manage or request.method in {"GET", "HEAD"}):
+        raise NotAllowed
+    key = user if isinstance(user, VerifiedKey) else None
+    return Caller(user.account_id, actor_in(request, user), key)
 
 
 def _no_content() -> Response:

@@ -2,9 +2,11 @@
 
 from tfm_guard.store.feed import MARKED, FeedState, Member, Place, Register
 from tfm_guard.store.inspection import Look
+from tfm_guard.store.measuring import Room, Sample
 from tfm_guard.store.schema import HEAD
 from tfm_guard.store.signs import HourOfUse, Said, Turn, hour_of, start_of
 from tfm_guard.store.store import Installation, Store
+from tfm_guard.store.times import Times
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
     Holding,
@@ -32,8 +34,11 @@ __all__ = [
     "Place",
     "PrefixTaken",
     "Register",
+    "Room",
     "Said",
+    "Sample",
     "Store",
+    "Times",
     "Transaction",
     "Turn",
     "UsageHour",

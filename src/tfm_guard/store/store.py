@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, 
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from sqlalchemy import (
     ColumnElement,
@@ -27,8 +27,10 @@ from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.inspection import Look, find_faults, look, prune_audit, prune_changes
+from tfm_guard.store.measuring import Room, Sample, count_room, sample_keys, time_flush
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.signs import HourOfUse, Said, Turn
+from tfm_guard.store.times import Times, change_times, read_times, require_times
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
     Holding,
@@ -75,6 +77,7 @@ class Store:
         self._database = Database(url, pool_size=pool_size)
         self._clock = clock
         self._on_commit: Callable[[Change], None] = lambda _: None
+        self._times: Times | None = None  # as they were when this process opened the database
 
     def __repr__(self) -> str:
         return f"Store({self._database.dialect})"
@@ -86,7 +89,8 @@ class Store:
         cannot be reached.
         """
         await upgrade.ensure_schema(self._database)
-        return await self._database.read(_read_installation)
+        installation, self._times = await self._database.read(_read_installation)
+        return installation
 
     async def upgrade(self) -> tuple[str | None, str]:
         """Bring the tables to this release; return their revision before and after."""
@@ -262,12 +266,58 @@ class Store:
         self._on_commit = listener
 
     async def register_worker(self, worker_id: UUID, name: str) -> None:
-        """Enter a process that is about to cache into the register."""
+        """Enter a process that is about to cache into the register.
+
+        Raises `Unavailable` also where the times that all processes share are others than those
+        that it opened the database with.
+        """
 
         async def run(connection: AsyncConnection) -> None:
             await feed.register(connection, worker_id, name, await self._begin(connection))
+            if self._times is not None:
+                # Behind that, they cannot change any more (`change_times`).
+                await require_times(connection, self._times)
 
         await self._database.write(run)
+
+    async def shared_times(self) -> Times:
+        """Return the times that all processes share. `look` first."""
+        return await self._database.read(read_times)
+
+    async def change_times(self, times: Times, *, ended: bool) -> list[str]:
+        """Set the times that all processes share, unless some are in the register. `look` first.
+
+        Then their names are returned. With *ended* they are taken for dead, and struck off.
+        """
+
+        async def run(connection: AsyncConnection) -> list[str]:
+            await self._begin(connection)
+            return await change_times(connection, times, ended=ended)
+
+        return await self._database.write(run)
+
+    async def sample_keys(self) -> Sample:
+        """Look at some keys. `look` first."""
+        return await self._database.read(sample_keys)
+
+    async def count_room(self) -> Room | None:
+        """Return what room the database has for connections; none if for any number."""
+        return await self._database.read(count_room)
+
+    async def time_flush(self, keys: int) -> float:
+        """Return the seconds that the statements of a flush for so many keys take.
+
+        In a transaction that is rolled back: what the commit takes is not in it. `look` first.
+        """
+        hour = int(self._clock.now().timestamp()) // 3600
+        tallies = [Tally(uuid4().bytes, hour, 1, 0, hour * 3600.0) for _ in range(keys)]
+        rows = await usage.rows_of(tallies)
+
+        def run(connection: Connection) -> float:
+            self._begin_usage(connection)
+            return time_flush(connection, tallies, rows, self._clock.monotonic)
+
+        return await self._database.write_usage(run)
 
     async def unregister_worker(self, worker_id: UUID) -> None:
         """Strike a process that has ceased to cache off the register."""
@@ -436,18 +486,20 @@ _FIND_KEYS: Final = (
 )
 
 
-async def _read_installation(connection: AsyncConnection) -> Installation:
+async def _read_installation(connection: AsyncConnection) -> tuple[Installation, Times]:
     secrets = {row.name: row.value for row in await connection.execute(select(schema.secrets))}
     shared = {row.name: row.value for row in await connection.execute(select(schema.settings))}
-    return Installation(
+    times = Times(*(float(shared[name]) for name in Times._fields))
+    installation = Installation(
         id=shared["installation_id"],
         root_secret=secrets["root"],
         tag_key=secrets["tag"],
-        lease=float(shared["lease_seconds"]),
-        unfed=float(shared["unfed_seconds"]),
-        poll_interval=float(shared["poll_seconds"]),
-        linked_poll_interval=float(shared["linked_poll_seconds"]),
+        lease=times.lease_seconds,
+        unfed=times.unfed_seconds,
+        poll_interval=times.poll_seconds,
+        linked_poll_interval=times.linked_poll_seconds,
     )
+    return installation, times
 
 
 def _stored_key(row: Any) -> StoredKey:

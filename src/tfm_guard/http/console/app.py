@@ -29,6 +29,7 @@ from tfm_guard.errors import (
     Unavailable,
 )
 from tfm_guard.guard import Guard
+from tfm_guard.http.actors import actor_in
 from tfm_guard.http.console.charts import Chart, draw, gather
 from tfm_guard.http.console.forms import Form, FormExpired, Seals, read_form
 from tfm_guard.http.console.texts import Texts
@@ -36,7 +37,7 @@ from tfm_guard.http.lifespan import run_lifespan
 from tfm_guard.http.middleware import route_path
 from tfm_guard.http.persons import Identify, check_origin
 from tfm_guard.keys import DEFAULT_GRACE
-from tfm_guard.records import Account, ApiKey, CreatedKey, KeyUsage, Person, UsageRange
+from tfm_guard.records import Account, Actor, ApiKey, CreatedKey, KeyUsage, Person, UsageRange
 from tfm_guard.scopes import DEFAULT_SCOPES
 from tfm_guard.signs import status_of
 
@@ -98,8 +99,8 @@ class Visit(NamedTuple):
         return self.person.account_id
 
     @property
-    def actor(self) -> str:
-        return f"person:{self.person.id}"
+    def actor(self) -> Actor:
+        return actor_in(self.request, self.person)
 
     def key_id(self) -> UUID:
         try:
@@ -384,7 +385,7 @@ class ConsoleApp:
             secret=created.token,
             key=created.key,
             first_steps=self._steps(visit),
-            **{"replaced": None, **values},
+            **values,
         )
 
     # One key
@@ -424,11 +425,11 @@ class ConsoleApp:
         form = await self._form(visit, "grace")
         if form.one("grace") not in self._texts.grace_choices:
             return await self._rotate_page(visit, 422, {"grace": self._texts.bad_choice})
-        key_id = visit.key_id()
+        old = await self._guard.keys.get(visit.account_id, visit.key_id())
         try:
             rotated = await self._guard.keys.rotate(
                 visit.account_id,
-                key_id,
+                old.id,
                 grace=timedelta(seconds=int(form.one("grace"))),
                 actor=visit.actor,
             )
@@ -436,13 +437,10 @@ class ConsoleApp:
             return await self._rotate_page(
                 visit, error.status, {"form": self._texts.refusal(error)}
             )
-        old = [key for key in await self._guard.keys.list(visit.account_id) if key.id == key_id]
+        there = await self._guard.keys.list(visit.account_id)
+        ends = next((key.expires_at for key in there if key.id == old.id), None)
         return self._show_once(
-            visit,
-            rotated,
-            replaced=old[0] if old else None,
-            unconfirmed=rotated.confirmed is None,
-            rotated=True,
+            visit, rotated, old=old, ends=ends, unconfirmed=rotated.confirmed is None
         )
 
     async def _ask_delete(self, visit: Visit) -> Response:

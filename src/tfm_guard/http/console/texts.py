@@ -169,8 +169,8 @@ console.log(response.status, await response.text());
     # The one time that a key is shown
     copy_now: str = "Copy your key now"
     copy_text: str = (
-        "This is the only time that {name} is shown. It is stored nowhere in a form from which it "
-        "could be shown again."
+        "This is the only time that the key {name} is shown. What is kept of it is a hash, from "
+        "which it cannot be recovered."
     )
     the_key: str = "The key"
     copy: str = "Copy"
