@@ -347,7 +347,7 @@ def _packed(moment: datetime) -> bytes:
     return _MOMENT.pack((moment - _EPOCH) // _MICROSECOND)
 
 
-class CacheEntry(Struct, frozen=True, array_like=True):
+class CacheEntry(Struct, frozen=True, array_like=True, gc=False):
     """A key as the shared cache keeps it. Times are seconds of the database's clock since 1970."""
 
     sealed_at: float  # before the read that it comes from was sent
