@@ -64,7 +64,7 @@ async def measure_pair(servers: Servers, length: Length, bare: str) -> list[Figu
     guarded, least = PAIRS[bare]
     seconds = length.of(10, 30, 50) / 100
     rows: list[tuple[Load, Load]] = []
-    for number in range(length.of(2, 14, 40)):
+    for number in range(length.of(2, 12, 40)):
         order = (bare, guarded) if number % 2 else (guarded, bare)
         found = {app: await servers.load(app, seconds) for app in order}
         rows.append((found[bare], found[guarded]))
