@@ -24,7 +24,7 @@ from tfm_guard import APIKeyMiddleware, Guard
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be patient with the database alone: what is broken off on the way to Redis ends by a limit."""
+    """Be patient with the database alone: what is broken off towards Redis ends by a limit."""
     for limit in ("READ_SECONDS", "_POOL_SECONDS"):
         monkeypatch.setattr(f"tfm_guard.store.database.{limit}", 10.0)
 
