@@ -40,6 +40,7 @@ def morning() -> None:
     say("Morning. The tables are made, and looked at.")
     run("db upgrade")
     run("db check")
+    run("db times")
     run("doctor")
 
     say("Quarry comes from elsewhere, with keys whose hashes are known. One line has a mistake.")

@@ -191,6 +191,7 @@ async def test_processes_that_flush_the_same_keys_wait_and_do_not_deadlock(
     assert len(hours_of(database_url)) == 200
 
 
+@pytest.mark.alone
 async def test_revoking_does_not_wait_for_a_large_flush(store: Store, database_url: str) -> None:
     """While 10,000 keys are flushed, over and over, a key is revoked in half a second."""
     keys = many_keys(database_url, 10_000)
