@@ -23,7 +23,7 @@ from sqlalchemy import Engine, event
 
 from benchmarks.holding import Held
 from benchmarks.insides import insert, make_keys, verifier_of
-from benchmarks.measuring import Length, Result, figure_of, run, spread, time_of_s
+from benchmarks.measuring import Figure, Length, Result, figure_of, run, spread, time_of_s
 from tests.support.postgres import PostgresServer
 from tfm_guard import Guard, verifier
 from tfm_guard.bearer import Headers
