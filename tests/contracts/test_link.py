@@ -422,8 +422,12 @@ async def test_a_demoted_server_publishes_nothing(redis_server: RedisServer) -> 
     await publisher.close()
 
 
-async def test_what_waits_to_be_published_is_bounded(proxy: Proxy) -> None:
+async def test_what_waits_to_be_published_is_bounded(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Behind a Redis that does not answer 1,024 messages wait, and the next is refused at once."""
+    monkeypatch.setattr("tfm_guard.link.TIMEOUT_SECONDS", 0.25)
+    monkeypatch.setattr("tfm_guard.redis_access.TIMEOUT_SECONDS", 0.25)
     publisher = Publisher(RedisAccess(f"redis://127.0.0.1:{proxy.port}/0").connect, SystemClock())
     proxy.stall()
     waiting = [asyncio.create_task(publisher.publish("x", b"y")) for _ in range(1_025)]

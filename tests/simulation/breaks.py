@@ -521,6 +521,7 @@ RARE: Final = {
     "the end of a key is left out",
     "the link counts as soon as it is there",
     "the link counts without the feed",
+    "who joined a read learns late of an account that was resumed",
     "who refused a revoked key may accept it",
 }
 
