@@ -87,6 +87,7 @@ class InvalidToken(Refusal):
     def __init__(self, reason: str) -> None:
         # Not by way of the classes above: a flood of wrong tokens makes a great many of these.
         self.reason = reason
+        self.args = ()  # else the reason, which nobody outside may learn
 
     def __str__(self) -> str:
         return self.message

@@ -232,7 +232,7 @@ class KeyManager:
         if caller is not None:
             actor = Actor.of(actor)._replace(name=actor_of(caller))
 
-        async def rotate(transaction: Transaction, minted: _Minted) -> ApiKey:
+        async def rotate(transaction: Transaction, minted: _Minted) -> tuple[ApiKey, datetime]:
             row = await _lock_active(transaction, account_id, key_id)
             await _check_caller(transaction, account_id, caller, row.scopes)
             await _check_not_replaced(transaction, row)
@@ -253,17 +253,21 @@ class KeyManager:
             )
             meta = {"replaced_by": str(key.id), "grace_seconds": int(grace.total_seconds())}
             await _audit(transaction, row, actor, "rotated", meta)
-            return key
+            return key, end
 
         # Looked at first, as when a key is created.
         if (await self.get(account_id, key_id)).replaced_by is not None:
             raise AlreadyReplaced(_REPLACED)
-        minted, key, changes = await self._mint(rotate)
+        minted, (key, end), changes = await self._mint(rotate)
         confirmed = None
         with contextlib.suppress(NotConfirmed):
             confirmed = await self._confirmation.wait(changes)
         return RotatedKey(
-            token=minted.token.decode("ascii"), key=key, replaces=key_id, confirmed=confirmed
+            token=minted.token.decode("ascii"),
+            key=key,
+            replaces=key_id,
+            grace_ends_at=end,
+            confirmed=confirmed,
         )
 
     def status(self, key: ApiKey) -> KeyStatus:

@@ -156,7 +156,12 @@ class KeyReader:
         self._flights.clear()
 
     def proven(self, unproven: Unproven, digest: bytes) -> Known:
-        """Return the key whose row has been proven to belong to a token with *digest*."""
+        """Return the key whose row has been proven to belong to a token with *digest*.
+
+        Raises `Unavailable` where the key has changed since: proving may take long.
+        """
+        if unproven.row.version < self._freshness.floor(unproven.row.prefix):
+            raise Unavailable("the key changed while a token for it was proven")
         return self._know_row(unproven.row, digest, unproven.beginning)
 
     def _take_off(self, prefix: str, *, after: Flight | None) -> Flight:

@@ -139,12 +139,15 @@ class CreatedKey(Struct, frozen=True, kw_only=True):
 class RotatedKey(CreatedKey, frozen=True, kw_only=True):
     """A new key, this once with its *token*, that takes the place of the key *replaces*.
 
+    That one works on until *grace_ends_at*.
+
     *confirmed* tells how it was made sure that every process knows when the old key ends. It is
     none where that could not be shown in time: the token must not be lost for that. Revoking the
     old key waits for it, and ends the grace.
     """
 
     replaces: UUID
+    grace_ends_at: datetime
     confirmed: "Revocation | None"
 
     def __repr__(self) -> str:

@@ -65,6 +65,14 @@ class RedisAccess:
         await self.client.aclose()
 
 
+def describe(error: BaseException) -> str:
+    """Return *error* in a line that holds no password, its kind first."""
+    first_line = next(iter(str(error).splitlines()), "")
+    # A server that does not know a command quotes it with its arguments: of AUTH, the password.
+    words = first_line.partition(", with args")[0]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
 class _Wire:
     def __init__(self, connection: AbstractConnection, run_id: str) -> None:
         self.run_id = run_id

@@ -21,7 +21,7 @@ from tfm_guard.coalescer import LIMIT, Coalescer
 from tfm_guard.counters import Counters
 from tfm_guard.errors import ConfigurationError
 from tfm_guard.records import CacheEntry
-from tfm_guard.redis_access import TIMEOUT_SECONDS, RedisAccess
+from tfm_guard.redis_access import TIMEOUT_SECONDS, RedisAccess, describe
 
 _log: Final = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class Breaker:
         self._failures += 1
         if self.closed and self._failures >= self.FAILURES:
             self.closed = False
-            _log.error("Redis is left aside for now: %s", _describe(error))
+            _log.error("Redis is left aside for now: %s", describe(error))
             self._probing = asyncio.get_running_loop().create_task(self._probe_until_closed())
 
     async def _probe_until_closed(self) -> None:
@@ -257,14 +257,10 @@ class Breaker:
             await self._probe()
         except Exception as error:  # noqa: BLE001  # whatever it is, probing must go on
             if not self._failures:
-                _log.error("Redis cannot be used now: %s", _describe(error))
+                _log.error("Redis cannot be used now: %s", describe(error))
             self._failures += 1
             return error
         self._failures = 0
         self.closed = True
         _log.info("Redis is in use")
         return None
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -1,5 +1,6 @@
 """What people may call things."""
 
+import re
 import unicodedata
 from typing import Final
 
@@ -12,12 +13,15 @@ _DIRECTIONAL: Final = frozenset(
 )
 # Blank, though Unicode counts them among letters and symbols: Hangul fillers, the Braille blank.
 _BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+# More of a key than the part that is shown.
+_TOKEN: Final = re.compile("tfm_k_[0-9a-f]{9}")
 
 
 def plain_text(text: str, *, field: str, most: int) -> str:
     """Return *text* trimmed, if 1 to *most* characters, one of them visible, are left.
 
-    Controls are refused. Raises `InvalidInput` naming *field*.
+    Controls are refused, and keys, which people paste into any field. Raises `InvalidInput` naming
+    *field*.
     """
     text = text.strip()
     if not text:
@@ -34,6 +38,10 @@ def plain_text(text: str, *, field: str, most: int) -> str:
     ):
         raise InvalidInput(
             (field,), "string_control", "Control and directional characters are not allowed"
+        )
+    if _TOKEN.search(text):
+        raise InvalidInput(
+            (field,), "string_token", "This holds a key, which nobody would keep secret here"
         )
     if not any(map(_is_visible, text)):
         raise InvalidInput((field,), "string_too_short", "At least 1 visible character is needed")

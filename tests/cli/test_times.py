@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 import socket
+import time
 from datetime import UTC, datetime
 from uuid import uuid4
 
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.support.guards import create, new_guard, verifier_of
+from tests.support.guards import create, freshness_of, new_guard, prepare, verifier_of
 from tests.support.sql import engine_for, execute
 from tfm_guard.cli import main
 from tfm_guard.clock import SystemClock
@@ -81,29 +82,59 @@ def test_a_process_in_the_register_keeps_them(database_url: str) -> None:
     assert shared(database_url) == before
 
 
-def test_who_was_taken_for_dead_and_lives_trusts_nothing(database_url: str) -> None:
-    """With --ended they change; one that lives cannot register, and asks the database each time."""
-    make_tables(database_url)
+CHANGE = ("--lease-seconds", "3", "--unfed-seconds", "10", "--ended")
 
-    async def change_meanwhile() -> None:
+
+def test_of_the_dead_nobody_is_left(database_url: str) -> None:
+    """With --ended they change once whoever may live cannot trust its memory any more."""
+    asyncio.run(prepare(database_url, lease=0.02, poll=0.01))
+    enter = schema.workers.insert().values(
+        id=uuid4(), name="dead", seen=0, turn=0, registered_at=datetime.now(UTC)
+    )
+    execute(database_url, enter)
+    started = time.monotonic()
+    done = run(database_url, *CHANGE)
+    assert time.monotonic() - started >= 0.62
+    assert (done.exit_code, done.stderr) == (
+        0,
+        "Waiting 0.62 s, for none of them to trust its memory.\n",
+    )
+    assert shared(database_url)["lease_seconds"] == "3"
+    assert execute(database_url, schema.workers.select()) == []
+
+
+def test_who_was_taken_for_dead_and_lives_keeps_them(database_url: str) -> None:
+    """It registers anew while --ended waits, and is named: nothing changes, and it goes on."""
+    asyncio.run(prepare(database_url, lease=0.2, poll=0.05))
+    before = shared(database_url)
+
+    async def change_meanwhile() -> Result:
         async with new_guard(database_url) as guard:
             created = await create(guard)
-            await guard.verify(created.token)
-            done = await asyncio.to_thread(run, database_url, "--lease-seconds", "3", "--ended")
-            assert done.exit_code == 0
-            freshness = verifier_of(guard)._freshness  # noqa: SLF001  # nothing else leads inside
-            with pytest.raises(Unavailable) as caught:
-                await freshness.poll()
-            assert "must be started anew" in caught.value.reason
-            assert not freshness.is_fresh()
-            assert execute(database_url, schema.workers.select()) == []
-            reads = guard.counters.store_reads
-            for _ in range(3):
-                await guard.verify(created.token)
-            assert guard.counters.store_reads == reads + 3
+            done = await asyncio.to_thread(run, database_url, *CHANGE)
+            assert (await guard.verify(created.token)).key_id == created.key.id
+            await guard.keys.revoke("acme", created.key.id)
+        return done
 
-    asyncio.run(change_meanwhile())
-    assert shared(database_url)["lease_seconds"] == "3"
+    result = asyncio.run(change_meanwhile())
+    assert result.exit_code == 1
+    assert f"in the register: {socket.gethostname()}:{os.getpid()}" in result.stderr
+    assert shared(database_url) == before
+
+
+async def test_who_knows_other_times_stays_out(database_url: str) -> None:
+    """A process that opened with former times cannot register, and trusts nothing."""
+    await prepare(database_url)
+    async with new_guard(database_url) as guard:
+        execute(database_url, schema.workers.delete())
+        times = schema.settings.c
+        lease = schema.settings.update().where(times.name == "lease_seconds")
+        execute(database_url, lease.values(value="3"))
+        with pytest.raises(Unavailable) as caught:
+            await freshness_of(guard).poll()
+        assert "must be started anew" in caught.value.reason
+        assert not freshness_of(guard).is_fresh()
+        assert execute(database_url, schema.workers.select()) == []
 
 
 async def test_who_is_just_entering_the_register_is_waited_for(postgres_url: str) -> None:
@@ -115,7 +146,7 @@ async def test_who_is_just_entering_the_register_is_waited_for(postgres_url: str
     )
     with engine_for(postgres_url).begin() as connection:
         connection.execute(entering)
-        changing = asyncio.create_task(store.change_times(Times(3.0, 60.0, 0.25, 1.0), ended=False))
+        changing = asyncio.create_task(store.change_times(Times(3.0, 60.0, 0.25, 1.0)))
         waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'tfm_workers'::regclass"
         while execute(postgres_url, f"{waiting} AND NOT granted")[0][0] == 0:
             assert not changing.done()

@@ -74,6 +74,7 @@ def test_one_message_for_every_bad_token(reason: str) -> None:
     assert error.message == str(error) == InvalidToken("another").message
     assert reason not in error.message
     assert repr(error) == f"InvalidToken(reason={reason!r})"
+    assert error.args == ()
 
 
 def test_a_refusal_without_a_reason_has_its_code() -> None:

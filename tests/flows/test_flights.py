@@ -174,6 +174,30 @@ async def test_many_cold_keys_share_queries(guard: Guard) -> None:
     assert guard.counters.store_reads == 2
 
 
+async def test_a_change_overtakes_a_slow_proof(
+    guard: Guard, url: str, created: CreatedKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was revoked while argon2 decided about its token is not accepted any more."""
+    execute(url, update(keys).values(digest=None, digest_key_id=None))
+    hashing = verifier_of(guard)._hashing  # noqa: SLF001  # nothing else leads inside
+    verify, asked, go = hashing.verify, asyncio.Event(), asyncio.Event()
+
+    async def held_up(*args: Any) -> bool:
+        asked.set()
+        await go.wait()
+        return bool(await verify(*args))
+
+    monkeypatch.setattr(hashing, "verify", held_up)
+    asking = asyncio.create_task(guard.verify(created.token))
+    await asked.wait()
+    await guard.keys.revoke("acme", created.key.id)
+    go.set()
+    with pytest.raises(Unavailable) as caught:
+        await asking
+    assert "changed while" in caught.value.reason
+    assert await refusal(guard, created.token) == "revoked"
+
+
 async def test_requests_join_a_sent_read_while_fresh(
     guard: Guard, gate: Gate, created: CreatedKey
 ) -> None:

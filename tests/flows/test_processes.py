@@ -3,8 +3,10 @@
 import asyncio
 import json
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from tfm_guard import APIKeyMiddleware
 from tfm_guard.errors import GuardError
 
 # A connection that was left to another process, or to a loop that has ended, is never closed here.
+PROGRAM = str(Path(sys.executable).with_name("tfm-guard"))
 WARNINGS = ("error", "ignore::ResourceWarning", "ignore:This process:DeprecationWarning")
 
 FORKING = """
@@ -162,3 +165,29 @@ async def test_two_event_loops_at_once(database_url: str, caplog: pytest.LogCapt
         with pytest.raises(GuardError, match="one event loop"):
             await asyncio.to_thread(lambda: asyncio.run(guard.open()))
         assert (await guard.verify(created.token)).key_id == created.key.id
+
+
+def names_in_another_process(url: str) -> list[str]:
+    """Return the names of acme's keys as a command sees them, which opens the database and ends."""
+    command = [PROGRAM, "keys", "list", "--account", "acme", "--json"]
+    env = {**os.environ, "TFM_GUARD_DATABASE_URL": url}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return sorted(key["name"] for key in json.loads(done.stdout))
+
+
+async def test_two_guards_on_one_file_and_another_process(sqlite_url: str) -> None:
+    """Opening a second guard takes no lock from the first: who leaves removes no journal in use."""
+    async with new_guard(sqlite_url) as guard:
+        await create(guard, name="first")
+        async with new_guard(sqlite_url) as other:
+            await create(other, name="second")
+            assert await asyncio.to_thread(names_in_another_process, sqlite_url) == [
+                "first",
+                "second",
+            ]
+            await create(guard, name="third")
+            assert await asyncio.to_thread(names_in_another_process, sqlite_url) == [
+                "first",
+                "second",
+                "third",
+            ]

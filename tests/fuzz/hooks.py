@@ -36,6 +36,7 @@ BEYOND_SCHEMAS: Final = frozenset(
     {
         "string_too_short",
         "string_control",
+        "string_token",
         "datetime_future",
         "datetime_range",
         "scope_added",

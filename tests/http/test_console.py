@@ -23,7 +23,7 @@ from tests.support.guards import begin_waiting, create, new_guard, store_of
 from tests.support.sql import execute
 from tfm_guard import Guard, Person
 from tfm_guard.confirmation import CONFIRM_SECONDS
-from tfm_guard.errors import ConfigurationError, InvalidToken
+from tfm_guard.errors import ConfigurationError, GuardError, InvalidToken
 from tfm_guard.http.console import texts
 from tfm_guard.http.console.charts import draw, gather
 from tfm_guard.http.identities import jwt_identity, session_identity
@@ -412,7 +412,8 @@ async def test_at_the_limit_nothing_is_created(sqlite_url: str) -> None:
         console = Console(guard)
         token = await console.token()
         created = await guard.keys.create(account_id="acme", name="CI")
-        answer = await console.post("/new", token, ("after", str(created.key.id)), ("name", "x"))
+        newest = created.key.created_at.isoformat(timespec="microseconds")
+        answer = await console.post("/new", token, ("after", newest), ("name", "x"))
         assert answer.status == 403
         assert "1 of 1 key of the plan “free” used" in answer.body.decode()
         assert b"Your plan has no room" in (await console.get("/")).body
@@ -435,6 +436,44 @@ async def test_a_key_is_rotated_and_the_old_one_stays_for_its_grace(console: Con
     assert b"rotated already" in again.body
     page = (await console.get("/")).body.decode()
     assert page.count("/rotate") == 1
+
+
+async def test_a_form_is_good_when_the_newest_key_went(console: Console) -> None:
+    """No key is called new because the one that was newest when the form was opened is gone."""
+    await console.guard.keys.create(account_id="acme", name="Old")
+    newest = await console.guard.keys.create(account_id="acme", name="Newest")
+    page = (await console.get("/new")).body.decode()
+    hidden = re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page)
+    await console.guard.keys.revoke("acme", newest.key.id)
+    fields = (*hidden, ("name", "CI"), ("scope", "send"))
+    assert (await console.post("/new", *fields)).status == 201
+    assert (await console.post("/new", *fields)).status == 409
+
+
+async def test_a_rotated_key_is_shown_whatever_fails_then(
+    console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is committed the new key's token is shown, without any question to the database."""
+    created = await console.guard.keys.create(account_id="acme", name="CI")
+    rotate = console.guard.keys.rotate
+
+    async def rotated_last(*args: Any, **options: Any) -> Any:
+        rotated = await rotate(*args, **options)
+        monkeypatch.setattr("tfm_guard.store.database.READ_SECONDS", 0.0)
+        return rotated
+
+    monkeypatch.setattr(console.guard.keys, "rotate", rotated_last)
+    answer = await console.submit(f"/{created.key.id}/rotate", ("grace", "3600"))
+    assert (await console.get("/")).status == 503
+    assert answer.status == 201
+    assert len(TOKEN.findall(answer.body.decode())) == 1
+
+
+async def test_what_is_no_person_is_nobody_known(console: Console) -> None:
+    """An `identify` of the host that answers with something else is told so."""
+    nobody: Any = {"account_id": "acme", "id": "ana", "may_manage": True}
+    with pytest.raises(GuardError, match="identify returned a dict"):
+        await call(console.app(nobody), http_scope(path="/"))
 
 
 async def test_without_grace_the_old_key_is_said_to_have_ended(console: Console) -> None:
@@ -622,6 +661,7 @@ async def test_a_jwt_cookie_tells_who_is_signed_in() -> None:
     assert await person_of(identify, token_of(role="owner")) == ["acme", "ana", True]
     assert await person_of(identify, token_of(role="member")) == ["acme", "ana", False]
     assert await person_of(identify, token_of(role=None)) == ["acme", "ana", False]
+    assert await person_of(identify, token_of(role=["admin"])) == ["acme", "ana", False]
     assert await person_of(identify, token_of(account_id=7)) == ["7", "ana", True]
     named = jwt_identity(secret=SECRET, account="org", audience="me", issuer="us")
     assert await person_of(named, token_of(org="b", aud="me", iss="us")) == ["b", "ana", True]
@@ -656,6 +696,12 @@ def test_a_short_jwt_secret_is_refused() -> None:
     """A secret that could be guessed is a fault of configuration, told at the start."""
     with pytest.raises(ConfigurationError, match="32 bytes"):
         jwt_identity(secret="short")
+
+
+def test_one_role_is_no_list_of_roles() -> None:
+    """A text in place of the roles is refused: parts of it, or none, would pass for a role."""
+    with pytest.raises(ConfigurationError, match="expected several roles"):
+        session_identity(managers="admin")
 
 
 async def test_a_session_tells_who_is_signed_in() -> None:

@@ -227,6 +227,7 @@ FAULTY_BODIES: Final[list[tuple[object, list[str | int], str]]] = [
     ({"name": " \t\n"}, ["name"], "string_too_short"),
     ({"name": "a" * 101}, ["name"], "string_too_long"),
     ({"name": "a\0b"}, ["name"], "string_control"),
+    ({"name": f"a tfm_k_{'0' * 48}"}, ["name"], "string_token"),
     ({"name": "a\u202eb"}, ["name"], "string_control"),
     ({"name": "a\u2066b"}, ["name"], "string_control"),
     (b'{"name": "a\\udc80"}', [], "json_invalid"),

@@ -1,6 +1,7 @@
 """`tfm-guard db`."""
 
 import asyncio
+import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -105,8 +106,9 @@ def times(*, ended: bool, as_json: bool, **given: float | None) -> None:
 
     They change only while no process runs: two that know different leases could not promise each
     other anything. So end all processes, `tfm-guard serve` too, change the times, and start them
-    again. One that was killed stays in the register; --ended strikes off whoever is there. If one
-    lives nevertheless, it takes no key from memory any more until it is started anew.
+    again. One that was killed stays in the register; --ended strikes off whoever is there, and then
+    waits, for about a minute, until none can trust its memory any more. One that lives nevertheless
+    comes back meanwhile, and nothing changes.
     """
     wanted = {name: value for name, value in given.items() if value is not None}
     if ended and not wanted:
@@ -155,14 +157,21 @@ async def _check() -> list[str]:
 
 
 async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, float]:
+    from tfm_guard.clock import SystemClock
+
     async with existing_store() as store:
         await _require_tables(store)
-        new = (await store.shared_times())._replace(**wanted)
+        old = await store.shared_times()
+        new = old._replace(**wanted)
         if not wanted:
             return new._asdict()
         if faults := faults_of(new):
             raise Failure(*faults)
-        if present := await store.change_times(new, ended=ended):
+        if ended and await store.strike_all_off():
+            seconds = old.unfed_seconds + old.lease_seconds
+            click.echo(f"Waiting {seconds:g} s, for none of them to trust its memory.", err=True)
+            await SystemClock().sleep(seconds)
+        if present := await store.change_times(new):
             raise Failure(
                 f"in the register: {', '.join(present)}",
                 "the times change only while no process runs: end all; of those that were killed, "
@@ -174,6 +183,8 @@ async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, f
 def faults_of(times: "Times") -> list[str]:
     """Return why the times do not go together."""
     faults = []
+    if not all(map(math.isfinite, times)):
+        faults.append("each time must be a number of seconds")
     if times.lease_seconds < 2 * times.poll_seconds:
         faults.append("the lease must be at least twice as long as the poll interval")
     if times.lease_seconds <= times.linked_poll_seconds:

@@ -55,7 +55,7 @@ def rotate(key: str, account: str, grace: timedelta, *, as_json: bool) -> None:
         rotated = asyncio.run(_rotate(account, key, grace, as_json=as_json))
     click.echo(
         f'The key "{rotated.key.name}" ({rotated.key.key_prefix}) of account "{account}" takes the '
-        f"place of {key}, which {_ending(grace)}.\n"
+        f"place of {key}, which {_ending(grace, rotated)}.\n"
         "Keep its token now: it is not shown again.",
         err=True,
     )
@@ -66,13 +66,8 @@ def rotate(key: str, account: str, grace: timedelta, *, as_json: bool) -> None:
         )
 
 
-def _ending(grace: timedelta) -> str:
-    """Return what becomes of the old key, in the largest unit of which *grace* is a multiple."""
-    if not grace:
-        return "ends at once"
-    unit = next(unit for unit in ("days", "hours", "minutes") if not grace % timedelta(**{unit: 1}))
-    count = grace // timedelta(**{unit: 1})
-    return f"works on for {count} {unit if count > 1 else unit.removesuffix('s')}"
+def _ending(grace: timedelta, rotated: "RotatedKey") -> str:
+    return f"works on until {rotated.grace_ends_at:%Y-%m-%d %H:%M %Z}" if grace else "ends at once"
 
 
 async def _rotate(account: str, key: str, grace: timedelta, *, as_json: bool) -> "RotatedKey":

@@ -163,7 +163,7 @@ async def _measure_redis(
     settings: "Settings", look: "Look | None", findings: _Findings
 ) -> "RedisMeasures | None":
     from tfm_guard.cli.measuring import measure_redis
-    from tfm_guard.redis_access import RedisAccess
+    from tfm_guard.redis_access import RedisAccess, describe
 
     if settings.redis_url is None:
         findings.miss("Redis", "there is none: TFM_GUARD_REDIS_URL is not set")
@@ -176,8 +176,7 @@ async def _measure_redis(
     except GuardError as error:  # a cluster
         findings.fail("Redis", str(error))
     except Exception as error:  # noqa: BLE001  # whatever the library and the server come up with
-        first_line = next(iter(str(error).splitlines()), "")
-        findings.fail("Redis", f"{type(error).__name__}: {first_line}".rstrip(": "), again=True)
+        findings.fail("Redis", describe(error), again=True)
     finally:
         await redis.close()
     return None

@@ -28,6 +28,7 @@ def session_identity(
     *account*, *person* and *role* are where in it these stand. Whose role is one of *managers* may
     manage keys. The middleware goes in front of the page.
     """
+    _require_roles(managers)
 
     async def identify(connection: HTTPConnection) -> Person | None:
         if "session" not in connection.scope:
@@ -58,6 +59,7 @@ def jwt_identity(
     an audience is not believed without. A token that is not good means that nobody is signed in.
     Needs PyJWT, the extra `jwt`. Raises `ConfigurationError` for a secret of less than 32 bytes.
     """
+    _require_roles(managers)
     try:
         import jwt  # noqa: PLC0415  # only who uses this has it
     except ModuleNotFoundError as error:
@@ -90,6 +92,11 @@ def jwt_identity(
     return identify
 
 
+def _require_roles(managers: Collection[str]) -> None:
+    if isinstance(managers, str):  # whose letters would each be a role, and every part of it
+        raise ConfigurationError(f"managers: expected several roles, like {{{managers!r}}}")
+
+
 def _person(
     values: Mapping[str, Any], account: str, person: str, role: str, managers: Collection[str]
 ) -> Person | None:
@@ -97,7 +104,9 @@ def _person(
     account_id, person_id = (_text(values.get(name)) for name in (account, person))
     if not account_id or not person_id:
         return None
-    return Person(account_id=account_id, id=person_id, may_manage=values.get(role) in managers)
+    given = values.get(role)
+    may_manage = isinstance(given, str) and given in managers
+    return Person(account_id=account_id, id=person_id, may_manage=may_manage)
 
 
 def _text(value: Any) -> str:

@@ -15,8 +15,9 @@ from tfm_guard.store.usage import UsageRows
 _SAMPLE: Final = 1000  # keys that are looked at
 _ROOM: Final = text(
     "SELECT current_setting('max_connections')::int"
-    " - current_setting('superuser_reserved_connections')::int AS admitted, count(*) AS used"
-    " FROM pg_stat_activity WHERE backend_type = 'client backend'"
+    " - current_setting('superuser_reserved_connections')::int AS admitted,"
+    # Who is no superuser sees of others' sessions neither what they are nor whether.
+    " sum(numbackends)::int AS used FROM pg_stat_database"
 )
 
 

@@ -1,5 +1,6 @@
 """The file of an SQLite database: made once, and the same one for as long as it is in use."""
 
+import contextlib
 import os
 import sqlite3
 from pathlib import Path
@@ -18,12 +19,13 @@ class SqliteFile:
 
     def adopt(self) -> None:
         """Make the file if there is none, and take it for the database. Raises `OSError`."""
-        # It will hold secrets: nobody but its owner is to read it.
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            self._identity = _identity(os.fstat(descriptor))
-        finally:
-            os.close(descriptor)
+        # A file that is there is never opened: closing it again would end all locks that this
+        # process holds on it (POSIX advisory locks), those of other connections among them, and
+        # the next process to leave would take itself for the last, and remove the journal.
+        with contextlib.suppress(FileExistsError):
+            # It will hold secrets: nobody but its owner is to read it.
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        self._identity = _identity(self.path.stat())
 
     def check(self) -> None:
         """Raise `sqlite3.OperationalError` unless the file adopted is still at its path."""

@@ -30,7 +30,7 @@ from tfm_guard.store.inspection import Look, find_faults, look, prune_audit, pru
 from tfm_guard.store.measuring import Room, Sample, count_room, sample_keys, time_flush
 from tfm_guard.store.schema import UtcDateTime
 from tfm_guard.store.signs import HourOfUse, Said, Turn
-from tfm_guard.store.times import Times, change_times, read_times, require_times
+from tfm_guard.store.times import Times, change_times, read_times, require_times, strike_all_off
 from tfm_guard.store.transaction import (
     ERASED_ACCOUNT,
     Holding,
@@ -284,15 +284,28 @@ class Store:
         """Return the times that all processes share. `look` first."""
         return await self._database.read(read_times)
 
-    async def change_times(self, times: Times, *, ended: bool) -> list[str]:
+    async def strike_all_off(self) -> bool:
+        """Strike all processes off the register; tell whether there were any. `look` first.
+
+        One that lives may go on trusting its memory for `unfed` seconds.
+        """
+
+        async def run(connection: AsyncConnection) -> bool:
+            await self._begin(connection)
+            return await strike_all_off(connection)
+
+        return await self._database.write(run)
+
+    async def change_times(self, times: Times) -> list[str]:
         """Set the times that all processes share, unless some are in the register. `look` first.
 
-        Then their names are returned. With *ended* they are taken for dead, and struck off.
+        Then their names are returned. Those struck off do not count: of them, none may be left that
+        trusts its memory.
         """
 
         async def run(connection: AsyncConnection) -> list[str]:
             await self._begin(connection)
-            return await change_times(connection, times, ended=ended)
+            return await change_times(connection, times)
 
         return await self._database.write(run)
 

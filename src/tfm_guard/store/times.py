@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.errors import Unavailable
 from tfm_guard.store import schema
+from tfm_guard.store.feed import MARKED
 
 
 class Times(NamedTuple):
@@ -39,17 +40,24 @@ async def require_times(connection: AsyncConnection, known: Times) -> None:
         )
 
 
-async def change_times(connection: AsyncConnection, times: Times, *, ended: bool) -> list[str]:
+async def strike_all_off(connection: AsyncConnection) -> bool:
+    """Mark all processes in the register; tell whether there were any.
+
+    One that lives finds its mark, forgets everything, and registers anew.
+    """
+    return (await connection.execute(update(schema.workers).values(seen=MARKED))).rowcount > 0
+
+
+async def change_times(connection: AsyncConnection, times: Times) -> list[str]:
     """Set the times, unless processes are in the register: then return their names.
 
-    With *ended* they are taken for dead, and struck off.
+    Those that are struck off do not count, and are removed.
     """
     if connection.dialect.name == "postgresql":
         # Who is entering the register has then committed, or comes after this and reads the new.
         await connection.execute(text(f"LOCK {schema.workers} IN SHARE ROW EXCLUSIVE MODE"))
-    if ended:
-        await connection.execute(delete(schema.workers))
     workers = schema.workers.c
+    await connection.execute(delete(schema.workers).where(workers.seen == MARKED))
     names = await connection.execute(select(workers.name).order_by(workers.registered_at))
     if present := list(names.scalars()):
         return present

@@ -35,11 +35,12 @@ from tfm_guard.http.console.forms import Form, FormExpired, Seals, read_form
 from tfm_guard.http.console.texts import Texts
 from tfm_guard.http.lifespan import run_lifespan
 from tfm_guard.http.middleware import route_path
-from tfm_guard.http.persons import Identify, check_origin
+from tfm_guard.http.persons import Identify, check_origin, identified
 from tfm_guard.keys import DEFAULT_GRACE
 from tfm_guard.records import Account, Actor, ApiKey, CreatedKey, KeyUsage, Person, UsageRange
 from tfm_guard.scopes import DEFAULT_SCOPES
 from tfm_guard.signs import status_of
+from tfm_guard.token import PREFIX_LENGTH
 
 try:
     from tfm_guard.http.console.pages import SECURITY_HEADERS, Pages
@@ -191,7 +192,7 @@ class ConsoleApp:
         """Note in *scope* who visits; return what turns them away, if something does."""
         base = "../" * (path.count("/") - 1) or "./"
         try:
-            person = await self._identify(HTTPConnection(scope))
+            person = await identified(self._identify, HTTPConnection(scope))
             if person is None:
                 return self._turn_away(base)
             check_origin(HTTPConnection(scope))
@@ -339,7 +340,7 @@ class ConsoleApp:
         # Sent again, by reloading, it must not create another key: whoever cannot see the key any
         # more would not know that there is one.
         keys = await self._guard.keys.list(visit.account_id)
-        if form.one("after") != _newest(keys) and keys:
+        if _newest(keys) > form.one("after"):
             problem = self._texts.created_meanwhile.format(name=keys[0].name)
             return await self._new_page(visit, 409, values, {"form": problem})
         try:
@@ -437,8 +438,8 @@ class ConsoleApp:
             return await self._rotate_page(
                 visit, error.status, {"form": self._texts.refusal(error)}
             )
-        there = await self._guard.keys.list(visit.account_id)
-        ends = next((key.expires_at for key in there if key.id == old.id), None)
+        # Without asking the database for anything more: what it has just given would be lost.
+        ends = rotated.grace_ends_at if int(form.one("grace")) else None
         return self._show_once(
             visit, rotated, old=old, ends=ends, unconfirmed=rotated.confirmed is None
         )
@@ -549,11 +550,14 @@ def _check_manages(visit: Visit) -> None:
 
 def _matches(key: ApiKey, wanted: str) -> bool:
     prefix = wanted.removeprefix("tfm_k_")
+    if prefix != wanted:
+        prefix = prefix[:PREFIX_LENGTH]  # who pasted a whole key means that one
     return wanted.casefold() in key.name.casefold() or key.key_prefix.startswith(prefix.lower())
 
 
 def _newest(keys: Sequence[ApiKey]) -> str:
-    return str(keys[0].id) if keys else ""
+    """Return when the newest of *keys* was created, as a text that sorts as that does."""
+    return keys[0].created_at.isoformat(timespec="microseconds") if keys else ""
 
 
 def _positive(text: str) -> int:

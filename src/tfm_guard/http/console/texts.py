@@ -47,6 +47,7 @@ class Texts:
     )
     search: str = "Search by name or prefix"
     search_button: str = "Search"
+    search_hint: str = "Of a key, only its first 14 characters: the rest is secret"
     clear_search: str = "Show all"
     nothing_found: str = "No key has “{wanted}” in its name or prefix."
     name: str = "Name"

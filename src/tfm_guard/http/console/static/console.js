@@ -68,3 +68,10 @@ for (const choice of document.querySelectorAll("[data-date]")) {
   choice.addEventListener("change", show);
   show();
 }
+
+// What is searched for stands in the address, and so in histories and logs: never a whole key.
+for (const field of document.querySelectorAll("[type=search]")) {
+  field.addEventListener("input", () => {
+    field.value = field.value.replace(/(tfm_k_[0-9a-f]{8})[0-9a-f]+/gi, "$1");
+  });
+}
