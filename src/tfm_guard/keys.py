@@ -284,7 +284,8 @@ class KeyManager:
         """Return how often *key_id* of *account_id* was accepted and refused, revoked or not.
 
         By hour for *range* "24h" and "7d", by day (UTC) for "30d" and "90d". What happened in the
-        last 5 s may be missing. Raises `KeyNotFound`, `InvalidInput` and `Unavailable`.
+        last flush interval (5 s) may be missing. Raises `KeyNotFound`, `InvalidInput` and
+        `Unavailable`.
         """
         found = await self._store.read_usage(account_id, key_id, span_of(range))
         if found is None:

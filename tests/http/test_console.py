@@ -435,7 +435,13 @@ async def test_a_key_is_rotated_and_the_old_one_stays_for_its_grace(console: Con
     assert again.status == 409
     assert b"rotated already" in again.body
     page = (await console.get("/")).body.decode()
-    assert page.count("/rotate") == 1
+    assert page.count("/rotate") == 0  # neither of the two can be, while both work
+    (successor,) = (key for key in await console.guard.keys.list("acme") if not key.replaced_by)
+    page = (await console.get(f"/{successor.id}")).body.decode()
+    assert f'<a href="./{created.key.id}">a key in its grace</a>' in page
+    assert "/rotate" not in page
+    await console.guard.keys.revoke("acme", created.key.id)
+    assert (await console.get("/")).body.decode().count("/rotate") == 1
 
 
 async def test_a_form_is_good_when_the_newest_key_went(console: Console) -> None:
@@ -722,6 +728,16 @@ async def test_a_session_tells_who_is_signed_in() -> None:
         await session_identity()(HTTPConnection(http_scope()))
 
 
+async def test_a_whole_key_finds_its_key(console: Console) -> None:
+    """Who searches for a token finds the key, though the page asks for its prefix alone."""
+    created = [
+        await console.guard.keys.create(account_id="acme", name=str(number)) for number in range(9)
+    ]
+    page = (await console.get(f"/?q={created[4].token}")).body.decode()
+    assert page.count('class="prefix"') == 1
+    assert f"tfm_k_{created[4].key.key_prefix}…" in page
+
+
 async def test_a_link_signs_in_once() -> None:
     """It works once, within its time, for a session that ends; only GET opens it."""
     clock = ManualClock()
@@ -738,6 +754,7 @@ async def test_a_link_signs_in_once() -> None:
     cookie = [(b"cookie", header.partition(";")[0].encode())]
     assert (await call(app, http_scope(path="/", headers=cookie))).json == ["acme", "ana", True]
     assert (await call(app, http_scope(path=path))).status == 410
+    assert (await call(app, http_scope(path=path, headers=cookie))).status == 303
     assert (await call(app, http_scope(path="/sign-in/x"))).status == 410
     late = f"/sign-in/{links.new(OWNER)}"
     clock.advance(LINK_SECONDS)

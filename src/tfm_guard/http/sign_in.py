@@ -58,7 +58,10 @@ class SignInLinks:
             return PlainTextResponse("Open the link.\n", 405, {**headers, "allow": "GET"})
         entry = self._links.pop(request.url.path.rpartition("/")[2], None)
         if entry is None or not self._holds(entry):
-            text = "This link was used before, or is too old. The demo prints another one.\n"
+            session = self._sessions.get(request.cookies.get(_COOKIE, ""))
+            if session is not None and self._holds(session):
+                return RedirectResponse(self._to, 303, headers)
+            text = "This link was used before, or is too old. Start the demo again for another.\n"
             return PlainTextResponse(text, 410, headers)
         response = RedirectResponse(self._to, 303, headers)
         response.set_cookie(

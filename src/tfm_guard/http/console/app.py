@@ -1,6 +1,6 @@
 """The app of the page: its addresses, and what each of them does."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any, Final, NamedTuple, get_args
 from urllib.parse import quote, urlencode
@@ -121,6 +121,7 @@ class Row(NamedTuple):
     status: str
     usage: KeyUsage
     chart: Chart
+    rotatable: bool  # neither in its grace nor the successor of a key that is
 
 
 Endpoint = Callable[[Visit], Awaitable[Response]]
@@ -243,7 +244,7 @@ class ConsoleApp:
         return self._page(
             visit,
             "list.html",
-            rows=await self._rows(visit, found[first : first + PAGE]),
+            rows=await self._rows(visit, found[first : first + PAGE], _predecessors(keys)),
             revoking=revoking,
             many=len(keys) > MANY,
             total=len(keys),
@@ -258,15 +259,17 @@ class ConsoleApp:
             **await self._plan(visit),
         )
 
-    async def _rows(self, visit: Visit, keys: Sequence[ApiKey]) -> list[Row]:
+    async def _rows(
+        self, visit: Visit, keys: Sequence[ApiKey], predecessors: Mapping[UUID, ApiKey]
+    ) -> list[Row]:
         usage = await self._guard.keys.usage_of(keys, range="7d")
         rows = []
         for key in keys:
             buckets = gather(usage[key.id].buckets, _WEEK_IN_BARS)
             status = status_of(key, visit.now)
-            rows.append(
-                Row(key, status, usage[key.id], draw(buckets, width=112, height=32, numbered=False))
-            )
+            chart = draw(buckets, width=112, height=32, numbered=False)
+            rotatable = key.replaced_by is None and key.id not in predecessors
+            rows.append(Row(key, status, usage[key.id], chart, rotatable))
         return rows
 
     async def _plan(self, visit: Visit) -> dict[str, Any]:
@@ -393,6 +396,7 @@ class ConsoleApp:
 
     async def _show(self, visit: Visit) -> Response:
         key = await self._guard.keys.get(visit.account_id, visit.key_id())
+        keys = await self._guard.keys.list(visit.account_id)
         range_ = _range(visit.request.query_params.get("range", ""))
         usage = await self._guard.keys.usage(visit.account_id, key.id, range=range_)
         history = await self._guard.audit.list(
@@ -402,6 +406,7 @@ class ConsoleApp:
             visit,
             "key.html",
             key=key,
+            predecessor=_predecessors(keys).get(key.id),
             key_status=status_of(key, visit.now),
             usage=usage,
             chart=draw(usage.buckets, width=720, height=180, numbered=True),
@@ -546,6 +551,11 @@ def _to_right_slashes(path: str, scope: Scope) -> Response | None:
 def _check_manages(visit: Visit) -> None:
     if not visit.person.may_manage:
         raise NotAllowed
+
+
+def _predecessors(keys: Iterable[ApiKey]) -> dict[UUID, ApiKey]:
+    """Return the keys in their grace by the ids of those that take their places."""
+    return {key.replaced_by: key for key in keys if key.replaced_by is not None}
 
 
 def _matches(key: ApiKey, wanted: str) -> bool:

@@ -226,6 +226,8 @@ console.log(response.status, await response.text());
     status: str = "Status"
     replaced_by: str = "Replaced by"
     successor: str = "its successor"
+    replaces: str = "Takes the place of"
+    predecessor: str = "a key in its grace"
     usage: str = "Usage"
     range_: str = "Range"
     ranges: Mapping[UsageRange, str] = MappingProxyType(
