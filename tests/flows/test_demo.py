@@ -185,8 +185,10 @@ def test_the_demo_stays_up_until_it_is_ended(
         ]
         assert "5 of 50 keys of the plan “business” used" in page
         assert "6 days ago" in page
+        with visitor.open(link, timeout=10) as response:
+            assert response.url.endswith("/settings/api-keys/")
         with pytest.raises(urllib.error.HTTPError, match="410"):
-            visitor.open(link, timeout=10)
+            urllib.request.build_opener().open(link, timeout=10)
         process.send_signal(number)
         rest, errors = process.communicate(timeout=30)
     assert (process.returncode, rest, errors) == (0, "", "")
