@@ -1,17 +1,15 @@
 """Managing accounts, which own keys and are on a plan."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from tfm_guard.confirmation import Confirmation
 from tfm_guard.errors import AccountNotFound, InvalidInput
 from tfm_guard.records import Account, Actor, Change, Revocation
 from tfm_guard.store import ERASED_ACCOUNT, LockedAccount, Store, Transaction
-from tfm_guard.text import plain_text
+from tfm_guard.text import check_id
 
 T = TypeVar("T")
-
-MAXIMUM_ID_LENGTH: Final = 255
 
 
 class AccountManager:
@@ -44,7 +42,7 @@ class AccountManager:
 
         Raises `InvalidInput` for a plan that is not in the settings.
         """
-        check_account_id(account_id)
+        check_id(account_id, field="account_id")
         if plan not in self._plans:
             known = ", ".join(self._plans)
             raise InvalidInput(("plan",), "unknown_plan", f"Unknown plan {plan!r}. Known: {known}")
@@ -128,15 +126,6 @@ class AccountManager:
             return await work(transaction, account)
 
         return run
-
-
-def check_account_id(account_id: str) -> None:
-    """Raise `InvalidInput` unless *account_id* is 1 to 255 plain characters, without blanks around.
-
-    It is the host application's own name for the account, so it is taken as it is or not at all.
-    """
-    if plain_text(account_id, field="account_id", most=MAXIMUM_ID_LENGTH) != account_id:
-        raise InvalidInput(("account_id",), "string_blank", "Blanks around it are not allowed")
 
 
 async def _audit(

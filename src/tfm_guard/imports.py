@@ -13,7 +13,6 @@ from uuid import UUID
 
 from msgspec import Struct
 
-from tfm_guard.accounts import check_account_id
 from tfm_guard.clock import Clock
 from tfm_guard.errors import InvalidInput, PlanLimitReached, Refusal, Unavailable
 from tfm_guard.hashing import PERMITS, Hashing, read_hash
@@ -21,7 +20,7 @@ from tfm_guard.keys import MAXIMUM_NAME_LENGTH, future, in_utc
 from tfm_guard.records import Actor, ApiKey, StoredKey
 from tfm_guard.scopes import NO_SCOPE, ScopeRegistry, is_scope
 from tfm_guard.store import Holding, NewKey, PrefixTaken, Store, Transaction
-from tfm_guard.text import plain_text
+from tfm_guard.text import check_id, plain_text
 from tfm_guard.token import (
     MARK,
     PREFIX_LENGTH,
@@ -229,7 +228,7 @@ class KeyImporter:
         for field, text in (("account_id", key.account_id), ("name", key.name)):
             if MARK.decode() in text:
                 raise InvalidInput((field,), "token", "This looks like a token")
-        check_account_id(key.account_id)
+        check_id(key.account_id, field="account_id")
         name = plain_text(key.name, field="name", most=MAXIMUM_NAME_LENGTH)
         for number, scope in enumerate(key.scopes):
             if not is_scope(scope):

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
-from tfm_guard.accounts import check_account_id
 from tfm_guard.clock import Clock
 from tfm_guard.confirmation import Confirmation
 from tfm_guard.errors import (
@@ -39,7 +38,7 @@ from tfm_guard.records import (
 from tfm_guard.scopes import DEFAULT_SCOPES, MANAGING_SCOPE, ScopeRegistry
 from tfm_guard.signs import status_of
 from tfm_guard.store import LockedKey, PrefixTaken, Store, Transaction
-from tfm_guard.text import plain_text
+from tfm_guard.text import check_id, plain_text
 from tfm_guard.token import RANDOM_BYTES, DigestKey, Tagger, prefix_of
 from tfm_guard.usage import span_of, summarize
 
@@ -114,7 +113,7 @@ class KeyManager:
         `Unavailable`, and then no key was created (unless the connection broke in the middle of
         COMMIT, which nobody can tell from here).
         """
-        check_account_id(account_id)
+        check_id(account_id, field="account_id")
         if caller is not None:
             actor = Actor.of(actor)._replace(name=actor_of(caller))
         name = _name(name)

@@ -6,6 +6,7 @@ from typing import Final
 
 from tfm_guard.errors import InvalidInput
 
+_MAXIMUM_ID_LENGTH: Final = 255
 # Control characters, and the directional formatting characters (among `Cf`) with which a text can
 # be made to read as another one (UAX #9 section 2), and the byte order mark, which nobody types.
 _DIRECTIONAL: Final = frozenset(
@@ -46,6 +47,16 @@ def plain_text(text: str, *, field: str, most: int) -> str:
     if not any(map(_is_visible, text)):
         raise InvalidInput((field,), "string_too_short", "At least 1 visible character is needed")
     return text
+
+
+def check_id(text: str, *, field: str) -> None:
+    """Raise `InvalidInput` unless *text* is 1 to 255 plain characters, without blanks around.
+
+    It is the host application's own name for an account or a person, so it is taken as it is or
+    not at all.
+    """
+    if plain_text(text, field=field, most=_MAXIMUM_ID_LENGTH) != text:
+        raise InvalidInput((field,), "string_blank", "Blanks around it are not allowed")
 
 
 def _is_visible(character: str) -> bool:

@@ -482,6 +482,25 @@ async def test_what_is_no_person_is_nobody_known(console: Console) -> None:
         await call(console.app(nobody), http_scope(path="/"))
 
 
+@pytest.mark.parametrize(
+    ("account_id", "person_id", "said"),
+    [
+        (7, "ana", "whose account_id is no str"),
+        ("acme", uuid4(), "whose id is no str"),
+        ("acme", "ana\x00", "with a bad id: Control and directional characters"),
+        ("", "ana", "with a bad account_id: At least 1 character"),
+        (" acme", "ana", "with a bad account_id: Blanks around it"),
+    ],
+)
+async def test_a_person_whose_ids_cannot_be_written_down_is_nobody(
+    console: Console, account_id: Any, person_id: Any, said: str
+) -> None:
+    """An `identify` of the host that names somebody by what is no plain text is told so."""
+    person = Person(account_id=account_id, id=person_id, may_manage=True)
+    with pytest.raises(GuardError, match=said):
+        await call(console.app(person), http_scope(path="/"))
+
+
 async def test_without_grace_the_old_key_is_said_to_have_ended(console: Console) -> None:
     """Rotated with no grace, the old key is refused, and the page names it."""
     created = await console.guard.keys.create(account_id="acme", name="CI")
@@ -493,7 +512,10 @@ async def test_without_grace_the_old_key_is_said_to_have_ended(console: Console)
         await console.guard.verify(created.token)
 
 
-async def test_a_rotation_that_is_not_confirmed_says_so(clock: tuple[Console, ManualClock]) -> None:
+@pytest.mark.parametrize("grace", ["0", "3600"])
+async def test_a_rotation_that_is_not_confirmed_says_so(
+    clock: tuple[Console, ManualClock], grace: str
+) -> None:
     """Where a process may not know when the old key ends, the new one is shown all the same."""
     console, time = clock
     created = await create(console.guard)
@@ -501,13 +523,14 @@ async def test_a_rotation_that_is_not_confirmed_says_so(clock: tuple[Console, Ma
     url = console.guard.settings.database_url
     execute(url, schema.workers.insert().values(**row, registered_at=time.now()))
     rotating = await begin_waiting(
-        time, console.submit(f"/{created.key.id}/rotate", ("grace", "3600"))
+        time, console.submit(f"/{created.key.id}/rotate", ("grace", grace))
     )
     await time.pass_time(CONFIRM_SECONDS)
     page = (await rotating).body.decode()
     assert TOKEN.search(page)
     prefix = f'<code class="prefix">tfm_k_{created.key.key_prefix}…</code>'
     assert f"knows when the old key {prefix} ends" in page
+    assert "works no more" not in page
 
 
 async def test_no_page_shows_a_brace_that_nothing_was_put_into(console: Console) -> None:

@@ -167,7 +167,7 @@ def test_the_checker_sees_a_violation(path: str, code: str, target: str) -> None
 @pytest.mark.parametrize(
     ("path", "code"),
     [
-        ("keys.py", "from tfm_guard.accounts import check_account_id"),
+        ("keys.py", "from tfm_guard.accounts import AccountManager"),
         ("keys.py", "from tfm_guard.store.transaction import Transaction"),
         ("store/upgrade.py", "from tfm_guard.store.database import Database"),
         ("guard.py", "def app():\n    from tfm_guard.http.management import ManagementApp"),

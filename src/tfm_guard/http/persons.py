@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
-from tfm_guard.errors import GuardError, Refusal
+from tfm_guard.errors import GuardError, InvalidInput, Refusal
 from tfm_guard.records import Person
+from tfm_guard.text import check_id
 
 # Returns who sent a request, none if nobody is signed in. It sees all of it but the body.
 Identify = Callable[[HTTPConnection], Awaitable[Person | None]]
@@ -26,13 +27,30 @@ class CrossOrigin(Refusal):
 
 
 async def identified(identify: Identify, connection: HTTPConnection) -> Person | None:
-    """Return who *identify* says sent a request. Raises `GuardError` if that is no `Person`."""
+    """Return who *identify* says sent a request.
+
+    Raises `GuardError` if that is no `Person`, or one whose ids cannot be written down.
+    """
     person = await identify(connection)
     if person is not None and not isinstance(person, Person):
         raise GuardError(
             f"identify returned a {type(person).__name__}, no tfm_guard.Person or None"
         )
+    if person is not None:
+        _check_ids(person)
     return person
+
+
+def _check_ids(person: Person) -> None:
+    for field, value in (("account_id", person.account_id), ("id", person.id)):
+        if not isinstance(value, str):
+            raise GuardError(f"identify returned a Person whose {field} is no str")
+        try:
+            check_id(value, field=field)
+        except InvalidInput as error:
+            raise GuardError(
+                f"identify returned a Person with a bad {field}: {error.message}"
+            ) from None
 
 
 def check_origin(connection: HTTPConnection) -> None:

@@ -89,7 +89,10 @@ class Texts:
     empty_text: str = "Create your first key, then send your first request:"
     empty_member: str = "Your account has no keys yet. Owners and admins can create one."
     first_steps_title: str = "Your first request"
-    first_step_key: str = "Put the key where the programs below find it, and nowhere else:"
+    first_step_key: str = (
+        "Put the key where the programs below find it, and nowhere else: run this in bash or zsh, "
+        "paste the key, which is not shown, and press Enter."
+    )
     first_steps: Mapping[str, str] = MappingProxyType(
         {
             "curl": """\
@@ -318,6 +321,10 @@ console.log(response.status, await response.text());
     def chart_title(self, accepted: int, refused: int, range_: UsageRange) -> str:
         """Describe a chart to who does not see it."""
         return f"{self.requests(accepted, refused)} in {self.ranges[range_]}"
+
+    def chart_unit(self, unit: str) -> str:
+        """Say what a bar of a chart counts."""
+        return f"Requests per {unit}; times in UTC"
 
     def left_in_history(self, count: int) -> str:
         """Say that older rows are not shown."""
