@@ -496,6 +496,7 @@ ROWS = [
         promise="a confirmed revocation is on the new primary",
         trial=_promoted,
         off="ack_regardless",
+        shows="with no standby",
         shape=_NO_REDIS,
     ),
     Row(

@@ -95,6 +95,7 @@ ROWS = [
             promise="the use of 5 s at the most is lost; no key, no revocation",
             trial=_killed,
             off="no_flushes",
+            shows=" counted, ",
             shape=shape,
         )
         for name, shape in (("PostgreSQL", _POSTGRESQL), ("SQLite", _SQLITE))
@@ -106,6 +107,7 @@ ROWS = [
             promise="no use is lost; it ends within 5 s",
             trial=_told_to_end,
             off="no_last_flush",
+            shows=" counted, ",
             shape=shape,
         )
         for name, shape in (("PostgreSQL", _POSTGRESQL), ("SQLite", _SQLITE))

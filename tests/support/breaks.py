@@ -382,7 +382,7 @@ def ack_regardless() -> Undo:
         try:
             return await former(self, work)
         except Unavailable:
-            return records.Change(0, "revoked", "00000000", 0), []
+            return None, []
 
     return put(store.Store, "transact", transact)
 
