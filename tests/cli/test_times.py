@@ -159,9 +159,18 @@ async def test_who_is_just_entering_the_register_is_waited_for(postgres_url: str
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--lease-seconds", "1", "--poll-seconds", "0.6"], "twice as long as the poll interval"),
-        (["--linked-poll-seconds", "2"], "longer than the poll interval with Redis"),
-        (["--lease-seconds", "15", "--unfed-seconds", "20"], "at least twice as long as the lease"),
+        (
+            ["--lease-seconds", "1", "--poll-seconds", "0.6"],
+            "--lease-seconds 1: it must be at least twice as long as --poll-seconds 0.6",
+        ),
+        (
+            ["--linked-poll-seconds", "2"],
+            "--lease-seconds 2: it must be longer than --linked-poll-seconds 2",
+        ),
+        (
+            ["--lease-seconds", "15", "--unfed-seconds", "20"],
+            "--unfed-seconds 20: it must be at least twice as long as --lease-seconds 15",
+        ),
     ],
 )
 def test_times_that_do_not_go_together_are_refused(

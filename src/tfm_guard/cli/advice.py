@@ -27,7 +27,10 @@ _MOST_CACHED: Final = 10_000_000
 _MIB: Final = 2**20
 # Of the connections that a server admits, what processes may take together.
 _MOST_OF_ROOM: Final = 0.9
-_NO_ROOM: Final = "no room even for these, without a PgBouncer in between"
+_NO_ROOM: Final = (
+    "even this is too much; raise max_connections, or put a PgBouncer between them and the server"
+)
+_FEWER: Final = "the server admits no more"
 _FLUSH_RANGE: Final = (5, 60)  # seconds: more often is of no use, more seldom loses too much
 _MOST_FLUSHING: Final = 0.1  # of the time
 # Of one server core, for all processes' reads of the feed.
@@ -36,6 +39,7 @@ _POLL_SECONDS: Final = 0.25
 _LINKED_POLL_SECONDS: Final = 1.0
 _PING_SECONDS: Final = 0.5  # of the link
 _LEASE_SECONDS: Final = 2.0
+_LONGEST_LEASE_SECONDS: Final = 20.0
 _TRIES: Final = 4  # reads of the feed within a lease: three of them may fail
 
 
@@ -89,9 +93,9 @@ def advise_hashing(wishes: Wishes, cost: HashCost, present: Settings) -> Iterato
         further = (wishes.hash_seconds - cost.one_pass) / cost.each_further
         passes = max(least, min(most, 1 + math.floor(further)))
         if cost.of(passes) > wishes.hash_seconds:
-            words += f", and already more than the {wanted} that are wanted"
+            words += f", though that is more than {wanted}"
         elif passes == most:
-            words = f"the most that can be set with {wishes.hash_mib} MiB"
+            words = f"the most passes that can be set with {wishes.hash_mib} MiB"
         else:
             words = f"as many as {wanted} allow"
     milliseconds = cost.of(passes) * 1000
@@ -99,7 +103,7 @@ def advise_hashing(wishes: Wishes, cost: HashCost, present: Settings) -> Iterato
         "argon2_memory_kib",
         memory,
         present.argon2_memory_kib,
-        f"{wishes.hash_mib} MiB, as wanted; a process makes two hashes at once at the most",
+        f"{wishes.hash_mib} MiB a hash; a process makes two hashes at once at the most",
     )
     yield Advice(
         "argon2_time_cost",
@@ -113,13 +117,17 @@ def advise_hashing(wishes: Wishes, cost: HashCost, present: Settings) -> Iterato
 def advise_cache(wishes: Wishes, entries: Entries, present: Settings) -> Advice:
     """Fill the memory that is granted."""
     each = entries.key + entries.refused
-    size = max(1, min(_MOST_CACHED, int(wishes.memory_mib * _MIB / each)))
+    fitting = int(wishes.memory_mib * _MIB / each)
+    # Three digits: the rest is not known so exactly.
+    digit = 10 ** max(len(str(fitting)) - 3, 0)
+    size = max(1, min(_MOST_CACHED, fitting // digit * digit))
+    most = "; more cannot be set" if size == _MOST_CACHED else ""
     return Advice(
         "local_cache_size",
         size,
         present.local_cache_size,
         f"{wishes.memory_mib} MiB a process, at {entries.key:.0f} bytes for a key and "
-        f"{entries.refused:.0f} for a refused token, of which as many are remembered",
+        f"{entries.refused:.0f} for a refused token, of which as many are remembered{most}",
     )
 
 
@@ -134,7 +142,7 @@ def advise_database(
         admitted = int((measures.admitted * _MOST_OF_ROOM / processes - 2) // 2)
         if admitted < size:
             size = max(admitted, 1)
-            words = f"there is {'no room for more' if admitted > 0 else _NO_ROOM}: {words}"
+            words = f"{_FEWER if admitted > 0 else _NO_ROOM}: {words}"
         words += (
             f"; of the server's {measures.admitted} connections, all processes ({processes}) hold "
             f"up to {processes * (2 * size + 2)}"
@@ -191,7 +199,8 @@ def advise_times(
     slowest = database.poll.slowest
     answered = _PING_SECONDS + (redis.ping.slowest if redis else 0.0)
     needed = max(_TRIES * (poll + slowest), linked + 2 * slowest, 2 * answered, _LEASE_SECONDS)
-    lease = math.ceil(2 * needed) / 2
+    lease = min(math.ceil(2 * needed) / 2, _LONGEST_LEASE_SECONDS)
+    unfed = max(times.unfed_seconds, 2 * lease)
     took = f"{database.poll.median * 1000:.2f} ms, at most {slowest * 1000:.2f} ms"
     return [
         Advice(
@@ -207,6 +216,13 @@ def advise_times(
             linked,
             times.linked_poll_seconds,
             _polling(processes, database, linked),
+        ),
+        Advice(
+            "unfed_seconds",
+            unfed,
+            times.unfed_seconds,
+            "at least two leases; how long keys in memory work on where only Redis answers, and "
+            "the longest that revoking waits for a process",
         ),
     ]
 

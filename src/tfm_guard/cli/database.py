@@ -15,7 +15,7 @@ from tfm_guard.cli.key_views import json_option
 from tfm_guard.cli.tables import print_json, print_table
 
 if TYPE_CHECKING:
-    from tfm_guard.store import Store, Times
+    from tfm_guard.store import Look, Store, Times
 
 # For so long the audit log is shown.
 _SHOWN_DAYS: Final = 90
@@ -136,12 +136,23 @@ async def existing_store(*, pool_size: int = 1) -> AsyncIterator["Store"]:
 
 
 async def _require_tables(store: "Store") -> None:
-    found = await store.look()
-    if found is None or found.revision is None:
-        raise Failure(
+    if fault := fault_of(await store.look()):
+        raise Failure(fault)
+
+
+def fault_of(look: "Look | None") -> str | None:
+    """Return why a database cannot be looked into; none where it can."""
+    if look is None:
+        return (
+            "the database's file is not there; check TFM_GUARD_DATABASE_URL, or make the file: "
+            "tfm-guard db upgrade"
+        )
+    if look.revision is None:
+        return (
             "there are no tables in the database; they are made when it is first used, "
             "or by: tfm-guard db upgrade"
         )
+    return None
 
 
 async def _upgrade() -> tuple[str | None, str]:
@@ -182,15 +193,21 @@ async def _change_times(wanted: dict[str, float], *, ended: bool) -> dict[str, f
 
 def faults_of(times: "Times") -> list[str]:
     """Return why the times do not go together."""
-    faults = []
-    if not all(map(math.isfinite, times)):
-        faults.append("each time must be a number of seconds")
+    named = {
+        name: f"--{name.replace('_', '-')} {value:g}" for name, value in times._asdict().items()
+    }
+    faults = [
+        f"{named[name]}: it must be a number of seconds"
+        for name, value in times._asdict().items()
+        if not math.isfinite(value)
+    ]
+    lease = named["lease_seconds"]
     if times.lease_seconds < 2 * times.poll_seconds:
-        faults.append("the lease must be at least twice as long as the poll interval")
+        faults.append(f"{lease}: it must be at least twice as long as {named['poll_seconds']}")
     if times.lease_seconds <= times.linked_poll_seconds:
-        faults.append("the lease must be longer than the poll interval with Redis")
+        faults.append(f"{lease}: it must be longer than {named['linked_poll_seconds']}")
     if times.unfed_seconds < 2 * times.lease_seconds:
-        faults.append("what only Redis vouches for must count at least twice as long as the lease")
+        faults.append(f"{named['unfed_seconds']}: it must be at least twice as long as {lease}")
     return faults
 
 

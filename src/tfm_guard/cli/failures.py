@@ -49,10 +49,10 @@ class Failure(click.ClickException):
 
     def __init__(self, *lines: str) -> None:
         super().__init__("\n".join(lines))
-        self._lines = lines
+        self.lines = lines
 
     def show(self, file: IO[Any] | None = None) -> None:
-        for line in self._lines:
+        for line in self.lines:
             click.echo(f"tfm-guard: {line}", file=file, err=file is None)
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from tfm_guard.cli.database import existing_store
+from tfm_guard.cli.database import existing_store, fault_of
 from tfm_guard.cli.failures import Failure, NotNow, failure
 from tfm_guard.cli.tables import print_json
-from tfm_guard.errors import GuardError, Unavailable
+from tfm_guard.errors import GuardError
 
 if TYPE_CHECKING:
     from tfm_guard.cli.advice import Advice, Wishes
@@ -146,7 +146,7 @@ async def _measure_database(
         try:
             look = await store.look()
             if look is None or look.revision is None:
-                findings.fail(what, "it has no tables; make them: tfm-guard db upgrade")
+                findings.fail(what, str(fault_of(look)))
                 return None, None, None
             if look.revision != HEAD:
                 said = f"its tables are at revision {look.revision}, this release needs {HEAD}"
@@ -154,8 +154,8 @@ async def _measure_database(
                 return None, None, None
             return look, await store.shared_times(), await measure_database(store)
         except GuardError as error:
-            told = error.reason if isinstance(error, Unavailable) else str(error)
-            findings.fail(what, told, again=isinstance(failure(error), NotNow))
+            told = failure(error)
+            findings.fail(what, "; ".join(told.lines), again=isinstance(told, NotNow))
             return None, None, None
 
 
@@ -176,7 +176,8 @@ async def _measure_redis(
     except GuardError as error:  # a cluster
         findings.fail("Redis", str(error))
     except Exception as error:  # noqa: BLE001  # whatever the library and the server come up with
-        findings.fail("Redis", describe(error), again=True)
+        advice = "check that Redis runs and that TFM_GUARD_REDIS_URL names it"
+        findings.fail("Redis", f"{describe(error)}; {advice}", again=True)
     finally:
         await redis.close()
     return None
@@ -188,7 +189,8 @@ def _lines(findings: _Findings) -> Iterator[str]:
         yield f"# {_reason(advice)}"
         yield f"{advice.variable}={_number(advice.value)}"
     for each in findings.not_measured:
-        yield f"# not measured: {each['what']}: {each['why']}"
+        # Why is told on stderr if it is a failure.
+        yield f"# not measured: {each['what']}" + ("" if findings.failed else f": {each['why']}")
     for advice in findings.times:
         yield f"# {advice.name} = {_number(advice.value)}, for all processes: {_reason(advice)}"
     if changes := [advice for advice in findings.times if advice.value != advice.present]:
