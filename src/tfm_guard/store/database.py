@@ -228,6 +228,9 @@ def _sqlite_engine(url: Any, pool_size: int, *, reading: bool, file: SqliteFile)
             "timeout": READ_SECONDS if reading else WRITE_SECONDS,
             "async_creator_fn": partial(_connect_sqlite, file),
         },
+        # Where each statement commits by itself there is nothing to roll back, and a poll need not
+        # wake the connection's thread to be told so. Whoever writes begins transactions itself.
+        skip_autocommit_rollback=reading,
         hide_parameters=True,
     )
 

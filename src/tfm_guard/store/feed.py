@@ -5,7 +5,19 @@ from datetime import datetime
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Update, and_, case, delete, func, insert, select, true, update
+from sqlalchemy import (
+    ColumnElement,
+    Update,
+    and_,
+    bindparam,
+    case,
+    delete,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.records import Change
@@ -19,6 +31,10 @@ _HEAD: Final = select(schema.feed.c.head).scalar_subquery()
 _REGISTER: Final = select(
     schema.feed.c.head, schema.workers.c.id, schema.workers.c.seen, schema.workers.c.link
 ).select_from(schema.feed.outerjoin(schema.workers, true()))
+# Made once: an idle process does little else than execute it.
+_STATE: Final = select(_HEAD.label("head"), schema.workers.c.turn).where(
+    schema.workers.c.id == bindparam("worker_id"), schema.workers.c.seen >= 0
+)
 
 
 class Place(NamedTuple):
@@ -67,14 +83,10 @@ async def unregister(connection: AsyncConnection, worker_id: UUID) -> None:
     await connection.execute(delete(schema.workers).where(schema.workers.c.id == worker_id))
 
 
-async def state(
-    connection: AsyncConnection, worker_id: UUID, now: ColumnElement[datetime]
-) -> FeedState | None:
-    """Return the feed's state, if the process is in the register."""
-    columns = (_HEAD.label("head"), now.label("now"), schema.workers.c.turn)
-    statement = select(*columns).where(_is_registered(worker_id))
-    row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else FeedState(*row)
+async def state(connection: AsyncConnection, worker_id: UUID, now: datetime) -> FeedState | None:
+    """Return the feed's state at *now*, the time of SQLite's machine, for a registered process."""
+    row = (await connection.execute(_STATE, {"worker_id": worker_id})).one_or_none()
+    return None if row is None else FeedState(row.head, now, row.turn)
 
 
 async def state_and_record(

@@ -346,7 +346,7 @@ class Store:
 
         async def run(connection: AsyncConnection) -> FeedState | None:
             if self._database.dialect == "sqlite":
-                return await feed.state(connection, worker_id, self._now())
+                return await feed.state(connection, worker_id, self._clock.now())
             return await feed.state_and_record(connection, worker_id, place)
 
         return await self._database.read_feed(run)
