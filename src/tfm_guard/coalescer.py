@@ -1,12 +1,12 @@
 """Look-ups that are made together travel together."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
 
-# How many keys one look-up asks for at the most.
+# How many look-ups travel together at the most.
 LIMIT: Final = 256
 
 
@@ -43,42 +43,29 @@ class Shared(Generic[T]):
 
 
 class Coalescer(Generic[T]):
-    """Turns the look-ups begun in one turn of the event loop into one call of *load*.
+    """Turns what is put in during one turn of the event loop into one task, that of *carry*.
 
-    *load* gets up to `LIMIT` keys and returns what it found; a key it leaves out is not there.
+    *carry* gets up to `LIMIT` at once, and must not raise: it is for those that it gets to know.
     """
 
-    def __init__(self, load: Callable[[list[str]], Awaitable[Mapping[str, T]]]) -> None:
-        self._load = load
-        self._waiting: dict[str, Shared[T | None]] = {}
-        self._loading: set[asyncio.Task[None]] = set()
+    def __init__(self, carry: Callable[[list[T]], Coroutine[Any, Any, None]]) -> None:
+        self._carry = carry
+        self._waiting: list[T] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def get(self, key: str) -> T | None:
-        """Return what *load* finds under *key*, read after this call; raise what it raises."""
+    def put(self, one: T) -> None:
+        """Have *one* carried from the next turn on."""
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._send)
-        shared = self._waiting.get(key)
-        if shared is None:
-            shared = self._waiting[key] = Shared()
-        return await shared.wait()
+            self._spawn(self._send())
+        self._waiting.append(one)
 
-    def _send(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        keys = list(waiting)
-        for start in range(0, len(keys), LIMIT):
-            batch = {key: waiting[key] for key in keys[start : start + LIMIT]}
-            task = asyncio.get_running_loop().create_task(self._answer(batch))
-            self._loading.add(task)
-            task.add_done_callback(self._loading.discard)
+    async def _send(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for start in range(LIMIT, len(waiting), LIMIT):
+            self._spawn(self._carry(waiting[start : start + LIMIT]))
+        await self._carry(waiting[:LIMIT])
 
-    async def _answer(self, batch: dict[str, Shared[T | None]]) -> None:
-        try:
-            found = await self._load(list(batch))
-        except BaseException as error:
-            for shared in batch.values():
-                shared.fail(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for key, shared in batch.items():
-                shared.answer(found.get(key))
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
