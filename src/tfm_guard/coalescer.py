@@ -1,8 +1,9 @@
 """Look-ups that are made together travel together."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -43,29 +44,42 @@ class Shared(Generic[T]):
 
 
 class Coalescer(Generic[T]):
-    """Turns what is put in during one turn of the event loop into one task, that of *carry*.
+    """Turns what is put in during one turn of the event loop into one call of *carry*.
 
-    *carry* gets up to `LIMIT` at once, and must not raise: it is for those that it gets to know.
+    *carry* gets up to `LIMIT` at once. Where it is cancelled or raises, *fail* gets the same, and
+    why.
     """
 
-    def __init__(self, carry: Callable[[list[T]], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        carry: Callable[[list[T]], Awaitable[None]],
+        fail: Callable[[list[T], BaseException], None],
+    ) -> None:
         self._carry = carry
-        self._waiting: list[T] = []
+        self._fail = fail
+        self._next: list[T] | None = None  # what leaves when its task has its turn
         self._tasks: set[asyncio.Task[None]] = set()
 
     def put(self, one: T) -> None:
         """Have *one* carried from the next turn on."""
-        if not self._waiting:
-            self._spawn(self._send())
-        self._waiting.append(one)
+        if self._next is None or len(self._next) == LIMIT:
+            self._next = []
+            task = asyncio.get_running_loop().create_task(self._leave(self._next))
+            self._tasks.add(task)
+            task.add_done_callback(partial(self._end, self._next))
+        self._next.append(one)
 
-    async def _send(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for start in range(LIMIT, len(waiting), LIMIT):
-            self._spawn(self._carry(waiting[start : start + LIMIT]))
-        await self._carry(waiting[:LIMIT])
+    async def _leave(self, batch: list[T]) -> None:
+        self._close(batch)
+        await self._carry(batch)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _end(self, batch: list[T], task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._close(batch)  # cancelled by who cancels all tasks, it may not have left
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self._fail(batch, error)
+
+    def _close(self, batch: list[T]) -> None:
+        if self._next is batch:
+            self._next = None

@@ -4,8 +4,9 @@ However many ask for a prefix at the same time, one read is made for all: a flig
 """
 
 import asyncio
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 from tfm_guard.clock import Clock
 from tfm_guard.coalescer import Coalescer, Shared
@@ -24,6 +25,8 @@ from tfm_guard.records import (
 )
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
 from tfm_guard.store import Store
+
+T = TypeVar("T")
 
 # A change that was not read from the feed.
 _UNNUMBERED: Final = 0
@@ -104,7 +107,7 @@ class KeyReader:
         self._realm = realm
         self._clock = clock
         self._counters = counters
-        self._departures = Coalescer(self._fly)
+        self._departures = Coalescer(self._fly, self._fail)
         self._flights: dict[str, Flight] = {}
         self._deadlines = Deadlines()
 
@@ -170,40 +173,32 @@ class KeyReader:
 
     async def _fly(self, flights: list[Flight]) -> None:
         """Land *flights*: those whose keys the shared cache knows before it asks for the others."""
-        for flight in flights:
-            flight.beginning = self._begin(flight.prefix)
-            flight.sent = True
-        try:
-            left = await self._ask_shared(flights)
-            if left:
-                left = await self._ask_store(left)
-            if left:
-                # A change has overtaken the read; one that begins now finds it.
-                left = await self._ask_store(left)
-            if left:
-                raise Unavailable("the database is older than what is known already")  # noqa: TRY301
-        except BaseException as error:
-            for flight in flights:  # those that have landed notice nothing of it
-                self._land(flight, error)
-            if not isinstance(error, Exception):
-                raise
+        self._begin(flights)
+        left = await self._ask_shared(flights)
+        if left:
+            left = await self._ask_store(left)
+        if left:
+            # A change has overtaken the read; one that begins now finds it.
+            left = await self._ask_store(left)
+        if left:
+            raise Unavailable("the database is older than what is known already")
 
-    def _begin(self, prefix: str) -> Beginning:
-        return Beginning(
-            self._freshness.epoch,
-            self._freshness.floor(prefix),
-            # What is known of the database's time may be ahead of it by as long as reading it took.
-            self._freshness.database_time() - SKEW_SECONDS,
-            self._clock.monotonic(),
-        )
+    def _begin(self, flights: list[Flight]) -> None:
+        epoch = self._freshness.epoch
+        # What is known of the database's time may be ahead of it by as long as reading it took.
+        sealed_at = self._freshness.database_time() - SKEW_SECONDS
+        now = self._clock.monotonic()
+        for flight in flights:
+            floor = self._freshness.floor(flight.prefix)
+            flight.beginning = Beginning(epoch, floor, sealed_at, now)
+            flight.sent = True
 
     async def _ask_shared(self, flights: list[Flight]) -> list[Flight]:
         """Land the flights whose keys the shared cache knows, and return the others."""
         if self._shared is None or not self._freshness.is_fresh():
             return flights
-        entries = await self._shared.find(
-            [flight.prefix for flight in flights], counts=self._counts
-        )
+        prefixes = [flight.prefix for flight in flights]
+        entries = await self._shared.find(prefixes, counts=self._counts)
         if not self._freshness.is_fresh():
             return flights
         left = []
@@ -212,7 +207,7 @@ class KeyReader:
             if entry is None:
                 left.append(flight)
             else:
-                self._land(flight, self._know_entry(flight.prefix, entry, flight.beginning))
+                self._land(flight, self._know_entry, entry)
         return left
 
     async def _ask_store(self, flights: list[Flight]) -> list[Flight]:
@@ -223,23 +218,38 @@ class KeyReader:
         for flight in flights:
             row = rows.get(flight.prefix)
             if row is None:
-                self._land(flight, None)
+                self._end(flight)
+                flight.answer(None)
             elif row.version < self._freshness.floor(flight.prefix):
                 left.append(flight)
-            elif row.digest is None or row.digest_key_id != self._digest_key_id:
-                self._land(flight, Unproven(row, flight.beginning))
             else:
-                self._land(flight, self._know_row(row, row.digest, flight.beginning))
+                self._land(flight, self._read_row, row)
         return left
 
-    def _land(self, flight: Flight, found: Known | Unproven | BaseException | None) -> None:
-        """Have all who are aboard get what was *found*, and the next flight leave."""
+    def _land(
+        self,
+        flight: Flight,
+        know: Callable[[str, T, Beginning], Known | Unproven],
+        found: T,
+    ) -> None:
+        """Have all who are aboard get what there is to *know* of what was *found*."""
+        self._end(flight)
+        try:
+            known = know(flight.prefix, found, flight.beginning)
+        except Exception as error:  # noqa: BLE001  # of this key alone
+            flight.fail(error)
+        else:
+            flight.answer(known)
+
+    def _fail(self, flights: list[Flight], error: BaseException) -> None:
+        for flight in flights:  # those that have landed notice nothing of it
+            self._end(flight)
+            flight.fail(error)
+
+    def _end(self, flight: Flight) -> None:
+        """Have nobody join *flight* any more, and the next one leave."""
         if self._flights.get(flight.prefix) is flight:
             del self._flights[flight.prefix]
-        if isinstance(found, BaseException):
-            flight.fail(found)
-        else:
-            flight.answer(found)
         if flight.follower is not None:
             self._departures.put(flight.follower)
             flight.follower = None
@@ -264,6 +274,11 @@ class KeyReader:
             self._remember(prefix, known, self._clock.monotonic(), MAX_AGE_SECONDS - age)
         self._learn(prefix, known)
         return known
+
+    def _read_row(self, _prefix: str, row: StoredKey, beginning: Beginning) -> Known | Unproven:
+        if row.digest is None or row.digest_key_id != self._digest_key_id:
+            return Unproven(row, beginning)
+        return self._know_row(row, row.digest, beginning)
 
     def _know_row(self, row: StoredKey, digest: bytes, beginning: Beginning) -> Known:
         entry = CacheEntry(

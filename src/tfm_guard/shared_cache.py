@@ -138,15 +138,14 @@ class SharedCache:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 names = [self._names + prefix for prefix in prefixes]
-                values: list[bytes | None] = await self._redis.client.mget(names)
-            if not _is_answer(values, len(names)):
-                raise ConnectionError("the answer is not one that Redis gives")  # noqa: TRY301
+                values: Any = await self._redis.client.mget(names)
+            found = _checked(values, len(names))
         except Exception as error:
             self._counters.shared_failures += 1
             self._breaker.failed(error)
             raise
         self._breaker.succeeded()
-        return values
+        return found
 
     async def _write_fills(self) -> None:
         try:
@@ -195,12 +194,15 @@ class SharedCache:
 _decoder: Final = msgspec.msgpack.Decoder(CacheEntry)
 
 
-def _is_answer(values: Any, count: int) -> bool:
-    return (
+def _checked(values: Any, count: int) -> list[bytes | None]:
+    """Return what MGET was answered with; raise if Redis does not answer so."""
+    if (
         isinstance(values, list)
         and len(values) == count
         and {bytes, NoneType}.issuperset(map(type, values))
-    )
+    ):
+        return values
+    raise ConnectionError("the answer is not one that Redis gives")
 
 
 class Breaker:

@@ -1,6 +1,5 @@
 """Facts about the shared cache: nothing in it is believed for being there."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple

@@ -114,10 +114,8 @@ KINDS: Final = {
 STARTS: Final = (
     "http.middleware.APIKeyMiddleware.__call__",
     "store.database._connect_sqlite",
+    "coalescer.Coalescer._leave",
     "reader.KeyReader._fly",
-    "reader.KeyReader._read_rows",
-    "coalescer.Coalescer._answer",
-    "shared_cache.SharedCache._read",
     "shared_cache.SharedCache._probe",
 )
 # Functions of the same names as some that a request leads to.
@@ -233,8 +231,8 @@ NEVER: Final = {
         "await feed.state_and_record(connection, worker_id, place)",
     ): "only PostgreSQL is asked so",
     (
-        "verifier.Verifier.look_up",
-        "async with _Deadline():",
+        "verifier.Verifier._prove",
+        "async with asyncio.timeout_at(end_of(since)):",
     ): "a timeout is entered and left at once",
     (
         "verifier.Verifier.close",
