@@ -157,6 +157,9 @@ ELSEWHERE: Final = {
     "live.LiveConnection.check": "the SQLite file's check is meant",
     "link.Publisher._send": "the middleware's is meant",
     "link.Publisher._disconnect": "no request waits for it",
+    "http.live._Socket._close": "the coalescer's is meant",
+    "link.Link._read": "the shared cache's is meant",
+    "link._end": "the reader's is meant",
     "redis_access._Wire.send": "ASGI's send is meant",
     "redis_access._Wire.receive": "ASGI's receive is meant",
     "link.Link.stop": "the link is started last, and so never stopped because opening failed",
@@ -244,8 +247,8 @@ NEVER: Final = {
     ): "only who was struck off has had a place before",
     (
         "reader.KeyReader.find",
-        "await self._board(prefix, sent_ones_too=False)",
-    ): "only for an unknown prefix that another asks for, too",
+        "await self._landing(flight, since)",
+    ): "the second of the kind: only for an unknown prefix that another asks for, too",
     (
         "shared_cache.SharedCache._read",
         "async with asyncio.timeout(TIMEOUT_SECONDS):",
@@ -260,11 +263,7 @@ NEVER: Final = {
     ): "nothing runs before the last step of opening, which has succeeded",
     (
         "reader.KeyReader._fly",
-        "await asyncio.wait({after.landing})",
-    ): "only without a lease, while another reads the same key",
-    (
-        "reader.KeyReader._fly",
-        "await self._rows.get(prefix)",
+        "await self._ask_store(left)",
     ): "the second of the kind: only where a change has overtaken the read",
     (
         "store.store.Store._begin",
