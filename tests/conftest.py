@@ -20,7 +20,7 @@ _LIMITS = (
     "link.TIMEOUT_SECONDS",
     "redis_access.TIMEOUT_SECONDS",
     "shared_cache.TIMEOUT_SECONDS",
-    "verifier.DEADLINE_SECONDS",
+    "deadlines.DEADLINE_SECONDS",
 )
 
 

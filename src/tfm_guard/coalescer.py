@@ -1,12 +1,13 @@
 """Look-ups that are made together travel together."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
-# How many keys one look-up asks for at the most.
+# How many look-ups travel together at the most.
 LIMIT: Final = 256
 
 
@@ -43,42 +44,42 @@ class Shared(Generic[T]):
 
 
 class Coalescer(Generic[T]):
-    """Turns the look-ups begun in one turn of the event loop into one call of *load*.
+    """Turns what is put in during one turn of the event loop into one call of *carry*.
 
-    *load* gets up to `LIMIT` keys and returns what it found; a key it leaves out is not there.
+    *carry* gets up to `LIMIT` at once. Where it is cancelled or raises, *fail* gets the same, and
+    why.
     """
 
-    def __init__(self, load: Callable[[list[str]], Awaitable[Mapping[str, T]]]) -> None:
-        self._load = load
-        self._waiting: dict[str, Shared[T | None]] = {}
-        self._loading: set[asyncio.Task[None]] = set()
+    def __init__(
+        self,
+        carry: Callable[[list[T]], Awaitable[None]],
+        fail: Callable[[list[T], BaseException], None],
+    ) -> None:
+        self._carry = carry
+        self._fail = fail
+        self._next: list[T] | None = None  # what leaves when its task has its turn
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def get(self, key: str) -> T | None:
-        """Return what *load* finds under *key*, read after this call; raise what it raises."""
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._send)
-        shared = self._waiting.get(key)
-        if shared is None:
-            shared = self._waiting[key] = Shared()
-        return await shared.wait()
+    def put(self, one: T) -> None:
+        """Have *one* carried from the next turn on."""
+        if self._next is None or len(self._next) == LIMIT:
+            self._next = []
+            task = asyncio.get_running_loop().create_task(self._leave(self._next))
+            self._tasks.add(task)
+            task.add_done_callback(partial(self._end, self._next))
+        self._next.append(one)
 
-    def _send(self) -> None:
-        waiting, self._waiting = self._waiting, {}
-        keys = list(waiting)
-        for start in range(0, len(keys), LIMIT):
-            batch = {key: waiting[key] for key in keys[start : start + LIMIT]}
-            task = asyncio.get_running_loop().create_task(self._answer(batch))
-            self._loading.add(task)
-            task.add_done_callback(self._loading.discard)
+    async def _leave(self, batch: list[T]) -> None:
+        self._close(batch)
+        await self._carry(batch)
 
-    async def _answer(self, batch: dict[str, Shared[T | None]]) -> None:
-        try:
-            found = await self._load(list(batch))
-        except BaseException as error:
-            for shared in batch.values():
-                shared.fail(error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for key, shared in batch.items():
-                shared.answer(found.get(key))
+    def _end(self, batch: list[T], task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        self._close(batch)  # cancelled by who cancels all tasks, it may not have left
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self._fail(batch, error)
+
+    def _close(self, batch: list[T]) -> None:
+        if self._next is batch:
+            self._next = None

@@ -4,13 +4,14 @@ However many ask for a prefix at the same time, one read is made for all: a flig
 """
 
 import asyncio
-from collections.abc import Mapping
-from functools import lru_cache, partial
-from typing import Final, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Final, NamedTuple, TypeVar
 
 from tfm_guard.clock import Clock
 from tfm_guard.coalescer import Coalescer, Shared
 from tfm_guard.counters import Counters
+from tfm_guard.deadlines import Deadlines
 from tfm_guard.errors import Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.local_cache import LocalCache
@@ -24,6 +25,8 @@ from tfm_guard.records import (
 )
 from tfm_guard.shared_cache import MAX_AGE_SECONDS, SKEW_SECONDS, SharedCache
 from tfm_guard.store import Store
+
+T = TypeVar("T")
 
 # A change that was not read from the feed.
 _UNNUMBERED: Final = 0
@@ -68,24 +71,17 @@ class Beginning(NamedTuple):
 
 
 class Flight(Shared[Known | Unproven | None]):
-    """A read under way. *sent* from just before its first question leaves."""
+    """A read of one key, under way or about to be. *sent* from before its first question leaves."""
 
-    __slots__ = ("landing", "sent")
+    __slots__ = ("beginning", "follower", "prefix", "sent")
 
-    landing: "asyncio.Task[Known | Unproven | None]"
+    beginning: Beginning  # once it is sent
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
         super().__init__()
+        self.prefix = prefix
         self.sent = False
-
-    def land(self, landing: "asyncio.Task[Known | Unproven | None]") -> None:
-        """Have all who are aboard get what it brings back."""
-        if landing.cancelled():
-            self.fail(asyncio.CancelledError())
-        elif (error := landing.exception()) is not None:
-            self.fail(error)
-        else:
-            self.answer(landing.result())
+        self.follower: Flight | None = None  # for the same prefix, to be sent when this has landed
 
 
 class KeyReader:
@@ -111,19 +107,22 @@ class KeyReader:
         self._realm = realm
         self._clock = clock
         self._counters = counters
-        self._rows = Coalescer(self._read_rows)
+        self._departures = Coalescer(self._fly, self._fail)
         self._flights: dict[str, Flight] = {}
+        self._deadlines = Deadlines()
 
-    async def find(self, prefix: str) -> Known | Unproven | None:
+    async def find(self, prefix: str, *, since: float) -> Known | Unproven | None:
         """Return the key with *prefix*, read no earlier than any change made before this call.
 
-        Raises `Unavailable`.
+        Raises `Unavailable`, at the latest `DEADLINE_SECONDS` from *since*, in the loop's time.
         """
         # A read that has been sent may have missed a change made before this call. While fresh,
         # that change would have detached the flight; otherwise nobody can tell.
-        found, joined = await self._board(prefix, sent_ones_too=self._freshness.is_fresh())
+        flight, joined = self._board(prefix, sent_ones_too=self._freshness.is_fresh())
+        found = await self._landing(flight, since)
         if joined and self._may_differ_now(found):
-            found, _ = await self._board(prefix, sent_ones_too=False)
+            flight, _ = self._board(prefix, sent_ones_too=False)
+            found = await self._landing(flight, since)
         return found
 
     def _may_differ_now(self, found: Known | Unproven | None) -> bool:
@@ -137,15 +136,23 @@ class KeyReader:
             return False
         return expires_at.timestamp() - self._freshness.database_time() < SKEW_SECONDS
 
-    async def _board(
-        self, prefix: str, *, sent_ones_too: bool
-    ) -> tuple[Known | Unproven | None, bool]:
-        """Return what a flight brings back, and whether it had been sent when it was joined."""
+    def _board(self, prefix: str, *, sent_ones_too: bool) -> tuple[Flight, bool]:
+        """Return a flight to wait for, and whether it had been sent before."""
         flight = self._flights.get(prefix)
-        joined = flight is not None and flight.sent
-        if flight is None or (joined and not sent_ones_too):
-            flight, joined = self._take_off(prefix, after=flight), False
-        return await flight.wait(), joined
+        if flight is not None and (sent_ones_too or not flight.sent):
+            return flight, flight.sent
+        next_one = self._flights[prefix] = Flight(prefix)
+        if flight is None:
+            self._departures.put(next_one)
+        else:
+            # One read at a time for a prefix, however many ask while nothing is fresh.
+            flight.follower = next_one
+        return next_one, False
+
+    def _landing(self, flight: Flight, since: float) -> "asyncio.Future[Known | Unproven | None]":
+        landing = flight.wait()
+        self._deadlines.limit(landing, since)
+        return landing
 
     def detach(self, prefix: str) -> None:
         """Let nobody join the flight for *prefix* any more: its key has changed."""
@@ -164,52 +171,88 @@ class KeyReader:
             raise Unavailable("the key changed while a token for it was proven")
         return self._know_row(unproven.row, digest, unproven.beginning)
 
-    def _take_off(self, prefix: str, *, after: Flight | None) -> Flight:
-        flight = self._flights[prefix] = Flight()
-
-        def land(task: "asyncio.Task[Known | Unproven | None]") -> None:
-            if self._flights.get(prefix) is flight:
-                del self._flights[prefix]
-            flight.land(task)
-
-        flight.landing = asyncio.get_running_loop().create_task(self._fly(prefix, flight, after))
-        flight.landing.add_done_callback(land)
-        return flight
-
-    async def _fly(
-        self, prefix: str, flight: Flight, after: Flight | None
-    ) -> Known | Unproven | None:
-        if after is not None:
-            # One read at a time for a prefix, however many ask while nothing is fresh.
-            await asyncio.wait({after.landing})
-        flight.sent = True
-        beginning = Beginning(
-            self._freshness.epoch,
-            self._freshness.floor(prefix),
-            # What is known of the database's time may be ahead of it by as long as reading it took.
-            self._freshness.database_time() - SKEW_SECONDS,
-            self._clock.monotonic(),
-        )
-        entry = await self._ask_shared(prefix)
-        if entry is not None:
-            return self._know_entry(prefix, entry, beginning)
-        row = await self._rows.get(prefix)
-        if row is not None and row.version < self._freshness.floor(prefix):
-            # A change may have overtaken the read; a read that begins now finds it.
-            row = await self._rows.get(prefix)
-        if row is None:
-            return None
-        if row.version < self._freshness.floor(prefix):
+    async def _fly(self, flights: list[Flight]) -> None:
+        """Land *flights*: those whose keys the shared cache knows before it asks for the others."""
+        self._begin(flights)
+        left = await self._ask_shared(flights)
+        if left:
+            left = await self._ask_store(left)
+        if left:
+            # A change has overtaken the read; one that begins now finds it.
+            left = await self._ask_store(left)
+        if left:
             raise Unavailable("the database is older than what is known already")
-        if row.digest is None or row.digest_key_id != self._digest_key_id:
-            return Unproven(row, beginning)
-        return self._know_row(row, row.digest, beginning)
 
-    async def _ask_shared(self, prefix: str) -> CacheEntry | None:
+    def _begin(self, flights: list[Flight]) -> None:
+        epoch = self._freshness.epoch
+        # What is known of the database's time may be ahead of it by as long as reading it took.
+        sealed_at = self._freshness.database_time() - SKEW_SECONDS
+        now = self._clock.monotonic()
+        for flight in flights:
+            floor = self._freshness.floor(flight.prefix)
+            flight.beginning = Beginning(epoch, floor, sealed_at, now)
+            flight.sent = True
+
+    async def _ask_shared(self, flights: list[Flight]) -> list[Flight]:
+        """Land the flights whose keys the shared cache knows, and return the others."""
         if self._shared is None or not self._freshness.is_fresh():
-            return None
-        entry = await self._shared.get(prefix, counts=partial(self._counts, prefix))
-        return entry if self._freshness.is_fresh() else None
+            return flights
+        prefixes = [flight.prefix for flight in flights]
+        entries = await self._shared.find(prefixes, counts=self._counts)
+        if not self._freshness.is_fresh():
+            return flights
+        left = []
+        for flight in flights:
+            entry = entries.get(flight.prefix)
+            if entry is None:
+                left.append(flight)
+            else:
+                self._land(flight, self._know_entry, entry)
+        return left
+
+    async def _ask_store(self, flights: list[Flight]) -> list[Flight]:
+        """Land the flights by the store's rows, and return those whose rows are too old."""
+        self._counters.store_reads += 1
+        rows = await self._store.find_keys([flight.prefix for flight in flights])
+        left = []
+        for flight in flights:
+            row = rows.get(flight.prefix)
+            if row is None:
+                self._end(flight)
+                flight.answer(None)
+            elif row.version < self._freshness.floor(flight.prefix):
+                left.append(flight)
+            else:
+                self._land(flight, self._read_row, row)
+        return left
+
+    def _land(
+        self,
+        flight: Flight,
+        know: Callable[[str, T, Beginning], Known | Unproven],
+        found: T,
+    ) -> None:
+        """Have all who are aboard get what there is to *know* of what was *found*."""
+        self._end(flight)
+        try:
+            known = know(flight.prefix, found, flight.beginning)
+        except Exception as error:  # noqa: BLE001  # of this key alone
+            flight.fail(error)
+        else:
+            flight.answer(known)
+
+    def _fail(self, flights: list[Flight], error: BaseException) -> None:
+        for flight in flights:  # those that have landed notice nothing of it
+            self._end(flight)
+            flight.fail(error)
+
+    def _end(self, flight: Flight) -> None:
+        """Have nobody join *flight* any more, and the next one leave."""
+        if self._flights.get(flight.prefix) is flight:
+            del self._flights[flight.prefix]
+        if flight.follower is not None:
+            self._departures.put(flight.follower)
+            flight.follower = None
 
     def _counts(self, prefix: str, entry: CacheEntry) -> bool:
         """Tell whether an entry may be believed now, after the wait for it."""
@@ -223,10 +266,6 @@ class KeyReader:
             and (entry.expires_at is None or entry.expires_at.timestamp() - now > SKEW_SECONDS)
         )
 
-    async def _read_rows(self, prefixes: list[str]) -> Mapping[str, StoredKey]:
-        self._counters.store_reads += 1
-        return await self._store.find_keys(prefixes)
-
     def _know_entry(self, prefix: str, entry: CacheEntry, beginning: Beginning) -> Known:
         now = self._freshness.database_time()
         known = Known(entry, self._key_of(prefix, entry), suspended=False, read_at=now)
@@ -235,6 +274,11 @@ class KeyReader:
             self._remember(prefix, known, self._clock.monotonic(), MAX_AGE_SECONDS - age)
         self._learn(prefix, known)
         return known
+
+    def _read_row(self, _prefix: str, row: StoredKey, beginning: Beginning) -> Known | Unproven:
+        if row.digest is None or row.digest_key_id != self._digest_key_id:
+            return Unproven(row, beginning)
+        return self._know_row(row, row.digest, beginning)
 
     def _know_row(self, row: StoredKey, digest: bytes, beginning: Beginning) -> Known:
         entry = CacheEntry(

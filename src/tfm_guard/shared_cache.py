@@ -9,15 +9,16 @@ import asyncio
 import hashlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 from hmac import compare_digest
+from types import NoneType
 from typing import Any, Final
 
 import msgspec
 
 from tfm_guard.clock import Clock
-from tfm_guard.coalescer import LIMIT, Coalescer
+from tfm_guard.coalescer import LIMIT
 from tfm_guard.counters import Counters
 from tfm_guard.errors import ConfigurationError
 from tfm_guard.records import CacheEntry
@@ -63,11 +64,13 @@ class SharedCache:
     ) -> None:
         self._redis = redis
         self._names = names
-        self._seal_key = seal_key
+        # The beginning of every seal, which so is computed once.
+        self._seals = blake2b(
+            names.encode(), key=seal_key, digest_size=_SEAL_BYTES, person=b"tfm-guard entry"
+        )
         self._counters = counters
         self._breaker = Breaker(self._probe, clock=clock)
         self._fill = redis.client.register_script(_FILL)
-        self._reads = Coalescer(self._read)
         self._fills: dict[str, tuple[CacheEntry, bytes]] = {}
         self._filling: asyncio.Task[None] | None = None
         # What was read and did not count, for the next fill to overwrite: prefix to SHA-1.
@@ -86,26 +89,31 @@ class SharedCache:
         if self._filling is not None:
             self._filling.cancel()
 
-    async def get(self, prefix: str, *, counts: Callable[[CacheEntry], bool]) -> CacheEntry | None:
-        """Return the entry for *prefix* if its seal holds and it *counts*; never raises.
+    async def find(
+        self, prefixes: list[str], *, counts: Callable[[str, CacheEntry], bool]
+    ) -> dict[str, CacheEntry]:
+        """Return the entries for *prefixes* whose seals hold, and which *count*; never raises.
 
         One that does not is overwritten by the next `put`.
         """
         if not self._breaker.closed:
-            return None
+            return {}
         try:
-            value = await self._reads.get(prefix)
-        except Exception:  # noqa: BLE001  # counted where it was raised; to the caller it is a miss
-            return None
-        if value is None:
-            self._counters.shared_misses += 1
-            return None
-        entry = self._unseal(prefix, value)
-        if entry is None or not counts(entry):
-            self._reject(prefix, value)
-            return None
-        self._counters.shared_hits += 1
-        return entry
+            values = await self._read(prefixes)
+        except Exception:  # noqa: BLE001  # counted where it was raised; to the caller all are misses
+            return {}
+        found = {}
+        for prefix, value in zip(prefixes, values, strict=True):
+            if value is None:
+                self._counters.shared_misses += 1
+                continue
+            entry = self._unseal(prefix, value)
+            if entry is None or not counts(prefix, entry):
+                self._reject(prefix, value)
+            else:
+                found[prefix] = entry
+        self._counters.shared_hits += len(found)
+        return found
 
     def put(self, prefix: str, entry: CacheEntry) -> None:
         """Write *entry* soon, unless Redis has the same or a later version by then."""
@@ -125,24 +133,19 @@ class SharedCache:
             self._garbage.clear()
         self._garbage[prefix] = hashlib.sha1(value, usedforsecurity=False).hexdigest().encode()
 
-    async def _read(self, prefixes: list[str]) -> Mapping[str, bytes]:
+    async def _read(self, prefixes: list[str]) -> list[bytes | None]:
         self._counters.shared_reads += 1
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 names = [self._names + prefix for prefix in prefixes]
                 values: Any = await self._redis.client.mget(names)
-            if not _is_answer(values, len(names)):
-                raise ConnectionError("the answer is not one that Redis gives")  # noqa: TRY301
+            found = _checked(values, len(names))
         except Exception as error:
             self._counters.shared_failures += 1
             self._breaker.failed(error)
             raise
         self._breaker.succeeded()
-        return {
-            prefix: value
-            for prefix, value in zip(prefixes, values, strict=True)
-            if value is not None
-        }
+        return found
 
     async def _write_fills(self) -> None:
         try:
@@ -182,8 +185,8 @@ class SharedCache:
 
     def _mac(self, prefix: str, body: bytes) -> bytes:
         # With the name in it, an entry copied under another name is a forgery.
-        name = (self._names + prefix).encode()
-        mac = blake2b(name, key=self._seal_key, digest_size=_SEAL_BYTES, person=b"tfm-guard entry")
+        mac = self._seals.copy()
+        mac.update(prefix.encode())
         mac.update(body)
         return mac.digest()
 
@@ -191,12 +194,15 @@ class SharedCache:
 _decoder: Final = msgspec.msgpack.Decoder(CacheEntry)
 
 
-def _is_answer(values: Any, count: int) -> bool:
-    return (
+def _checked(values: Any, count: int) -> list[bytes | None]:
+    """Return what MGET was answered with; raise if Redis does not answer so."""
+    if (
         isinstance(values, list)
         and len(values) == count
-        and all(value is None or isinstance(value, bytes) for value in values)
-    )
+        and {bytes, NoneType}.issuperset(map(type, values))
+    ):
+        return values
+    raise ConnectionError("the answer is not one that Redis gives")
 
 
 class Breaker:

@@ -105,10 +105,9 @@ class Usage:
         # The key is about to become an entry of the cache, and may drive out another one. Taking
         # two off the list for each keeps it from growing: what is gone from the cache is at most
         # as much as is in it.
-        offset = self._database_offset()
         if len(self._local.used) > self._local.capacity:
-            self._count_used(2, offset)
-        self._add(key_id, offset + self._clock.monotonic(), accepted=1)
+            self._count_used(2, self._database_offset())
+        self._add(key_id, self._freshness.database_time(), accepted=1)
 
     def refuse(self, key_id: bytes) -> None:
         """Count a refused request whose token has the prefix of this key."""

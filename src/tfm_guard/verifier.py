@@ -9,13 +9,13 @@ import logging
 from collections.abc import Callable
 from functools import lru_cache
 from hmac import compare_digest
-from types import TracebackType
 from typing import Final
 from uuid import UUID
 
 from tfm_guard.bearer import Headers
 from tfm_guard.clock import Clock
 from tfm_guard.counters import Counters
+from tfm_guard.deadlines import end_of, too_late
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.freshness import Freshness
 from tfm_guard.hashing import Hashing
@@ -35,7 +35,6 @@ from tfm_guard.usage import Usage
 
 _log: Final = logging.getLogger(__name__)
 
-DEADLINE_SECONDS: Final = 1.0
 # How many digests are stored anew at the same time: writing them must not hold up other writes.
 _RENEWALS: Final = 4
 _SUSPENDED: Final = "account suspended"
@@ -92,10 +91,10 @@ class Verifier:
             self._counters.negative_hits += 1
             raise self._denied(denial)
         negative_epoch = self._negative.epoch
-        async with _Deadline():
-            found = await self._reader.find(prefix_of(token))
-            if isinstance(found, Unproven) and await self._prove(found.row, token, digest):
-                found = self._reader.proven(found, digest)
+        asked = asyncio.get_running_loop().time()
+        found = await self._reader.find(prefix_of(token), since=asked)
+        if isinstance(found, Unproven) and await self._prove(found.row, token, digest, since=asked):
+            found = self._reader.proven(found, digest)
         if isinstance(found, Known) and compare_digest(digest, found.entry.digest):
             reason = _inactivity(found)
             if reason is None:
@@ -114,8 +113,7 @@ class Verifier:
         now = self._clock.monotonic()
         if remembered is not None and now < min(self._freshness.fresh_until, remembered.deadline):
             return _covers(remembered.key.key_id, remembered.key.scopes, key)
-        async with _Deadline():
-            found = await self._reader.find(key.key_prefix)
+        found = await self._reader.find(key.key_prefix, since=asyncio.get_running_loop().time())
         if isinstance(found, Unproven):
             return _why_inactive(found.row) is None and _covers(found.row.id, found.row.scopes, key)
         return (
@@ -184,15 +182,19 @@ class Verifier:
             self._usage.refuse(denial.key_id)
         return InvalidToken(denial.reason)
 
-    async def _prove(self, row: StoredKey, token: bytes, digest: bytes) -> bool:
+    async def _prove(self, row: StoredKey, token: bytes, digest: bytes, *, since: float) -> bool:
         """Compare *token* with a row that has no digest under the current key: once for all."""
         proof = self._proofs.get(digest)
         if proof is None:
             proof = asyncio.get_running_loop().create_task(self._prove_once(row, token, digest))
             self._proofs[digest] = proof
             proof.add_done_callback(lambda _: self._proofs.pop(digest))
-        # Shielded: the others who wait for this proof go on when one of them is cancelled.
-        return await asyncio.shield(proof)
+        try:
+            async with asyncio.timeout_at(end_of(since)):
+                # Shielded: the others who wait for it go on when one of them is cancelled.
+                return await asyncio.shield(proof)
+        except TimeoutError:
+            raise too_late() from None
 
     async def _prove_once(self, row: StoredKey, token: bytes, digest: bytes) -> bool:
         proven = await self._is_of(row, token)
@@ -281,27 +283,6 @@ def _warm_path(  # noqa: C901  # one function on purpose: each call would cost a
         return key
 
     return recall
-
-
-class _Deadline:
-    """Breaks its block off when its time is over, and raises `Unavailable`."""
-
-    def __init__(self) -> None:
-        self._timeout = asyncio.timeout(DEADLINE_SECONDS)
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await self._timeout.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            raise Unavailable(f"no answer within {DEADLINE_SECONDS:g} s") from None
 
 
 _SHARED_DENIALS: Final = 4096

@@ -1,6 +1,5 @@
 """Facts about the shared cache: nothing in it is believed for being there."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -102,9 +101,14 @@ def entry(
     )
 
 
-def believed(_entry: CacheEntry) -> bool:
-    """Believe every entry whose seal holds."""
-    return True
+async def find(cache: SharedCache, prefixes: list[str]) -> dict[str, CacheEntry]:
+    """Return what *cache* has for *prefixes*, all of it believed if its seal holds."""
+    return await cache.find(prefixes, counts=lambda _prefix, _entry: True)
+
+
+async def get(cache: SharedCache, prefix: str) -> CacheEntry | None:
+    """Return what *cache* has for *prefix*, believed if its seal holds."""
+    return (await find(cache, [prefix])).get(prefix)
 
 
 def counters_of(cache: SharedCache) -> Counters:
@@ -130,7 +134,7 @@ async def value_of(cache: SharedCache, raw: Any, what: CacheEntry) -> bytes:
 async def assert_refused(cache: SharedCache) -> None:
     """Assert that what is there is a counted miss and no failure."""
     before = counters_of(cache).shared_rejected
-    assert await cache.get(PREFIX, counts=believed) is None
+    assert await get(cache, PREFIX) is None
     assert counters_of(cache).shared_rejected == before + 1
     assert counters_of(cache).shared_failures == 0
 
@@ -138,10 +142,10 @@ async def assert_refused(cache: SharedCache) -> None:
 async def test_an_entry_is_there_for_all(make_cache: MakeCache) -> None:
     """What one process puts another finds, in every detail, and only under its prefix."""
     one, another = await make_cache(), await make_cache()
-    assert await another.get(PREFIX, counts=believed) is None
+    assert await get(another, PREFIX) is None
     await fill(one, entry(41))
-    assert await another.get(PREFIX, counts=believed) == entry(41)
-    assert await another.get("ffffffff", counts=believed) is None
+    assert await get(another, PREFIX) == entry(41)
+    assert await get(another, "ffffffff") is None
     assert counters_of(another) == Counters(shared_reads=3, shared_hits=1, shared_misses=2)
 
 
@@ -154,7 +158,7 @@ async def test_any_changed_byte_breaks_the_seal(cache: SharedCache, raw: Any) ->
         raw.set(NAME, bytes(changed))
         await assert_refused(cache)
     raw.set(NAME, value)
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()
 
 
 async def test_a_truncated_entry_is_refused(cache: SharedCache, raw: Any) -> None:
@@ -176,7 +180,7 @@ async def test_an_entry_of_another_installation_is_refused(make_cache: MakeCache
     """Installations do not see each other's entries; copied over, they are refused."""
     here = await make_cache()
     await fill(await make_cache(installation="there"), entry())
-    assert await here.get(PREFIX, counts=believed) is None
+    assert await get(here, PREFIX) is None
     raw.set(NAME, raw.get(f"tfm:there:v1:key:{PREFIX}"))
     await assert_refused(here)
 
@@ -212,7 +216,7 @@ async def test_garbage_is_overwritten(cache: SharedCache, raw: Any, garbage: byt
     raw.set(NAME, garbage)
     await assert_refused(cache)
     await fill(cache, entry())
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()
 
 
 async def test_garbage_put_there_since_is_not_overwritten(cache: SharedCache, raw: Any) -> None:
@@ -222,7 +226,7 @@ async def test_garbage_put_there_since_is_not_overwritten(cache: SharedCache, ra
     await assert_refused(cache)
     raw.set(NAME, later)
     await fill(cache, entry(8))
-    assert await cache.get(PREFIX, counts=believed) == entry(9)
+    assert await get(cache, PREFIX) == entry(9)
 
 
 @pytest.mark.parametrize("command", ["lpush", "sadd", "hset"])
@@ -231,10 +235,10 @@ async def test_a_value_of_another_type_is_overwritten(
 ) -> None:
     """A list, set or hash under our name is a miss, no error, and the next fill replaces it."""
     getattr(raw, command)(NAME, *(["field"] if command == "hset" else []), "value")
-    assert await cache.get(PREFIX, counts=believed) is None
+    assert await get(cache, PREFIX) is None
     assert counters_of(cache) == Counters(shared_reads=1, shared_misses=1)
     await fill(cache, entry())
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()
     assert counters_of(cache).shared_failures == 0
 
 
@@ -254,21 +258,21 @@ async def test_random_bytes_are_a_miss(cache: SharedCache, raw: Any, garbage: by
     raw.set(NAME, garbage)
     await assert_refused(cache)
     await fill(cache, entry())
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()
 
 
 async def test_a_fill_never_goes_back(cache: SharedCache, raw: Any) -> None:
     """A lower version is overwritten; the same or a later one stays, also over digit boundaries."""
     for version in (1, 9, 10, 15, 16, 255, 256, 2**40):
         await fill(cache, entry(version), entry(version - 1), entry(version, name="again"))
-        assert await cache.get(PREFIX, counts=believed) == entry(version)
+        assert await get(cache, PREFIX) == entry(version)
 
 
 async def test_a_tombstone_stays(cache: SharedCache) -> None:
     """A revoked entry is kept like any other, and no earlier version brings its key back."""
     tombstone = entry(2, revoked=True)
     await fill(cache, entry(1), tombstone, entry(1), entry(2))
-    assert await cache.get(PREFIX, counts=believed) == tombstone
+    assert await get(cache, PREFIX) == tombstone
 
 
 async def test_an_entry_ends_by_itself(cache: SharedCache, raw: Any) -> None:
@@ -282,21 +286,21 @@ async def test_what_does_not_count_is_overwritten(cache: SharedCache) -> None:
     """An entry that the reader does not believe is a counted miss, and gives way to its like."""
     await fill(cache, entry(name="doubtful"))
     before = counters_of(cache).shared_rejected
-    assert await cache.get(PREFIX, counts=lambda found: found.name != "doubtful") is None
+    assert not await cache.find([PREFIX], counts=lambda _, found: found.name != "doubtful")
     assert counters_of(cache).shared_rejected == before + 1
     await fill(cache, entry())
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()
 
 
 async def test_look_ups_travel_together(cache: SharedCache) -> None:
-    """512 look-ups at once are 2 commands, and each gets its own entry."""
-    prefixes = [f"{number:08x}" for number in range(512)]
+    """256 look-ups are one command, and each gets its own entry."""
+    prefixes = [f"{number:08x}" for number in range(256)]
     for number, prefix in enumerate(prefixes):
         cache.put(prefix, entry(number + 1))
     await written(cache)
-    found = await asyncio.gather(*(cache.get(prefix, counts=believed) for prefix in prefixes))
-    assert found == [entry(number + 1) for number in range(512)]
-    assert counters_of(cache) == Counters(shared_reads=2, shared_hits=512)
+    found = await find(cache, [*prefixes, "ffffffff"])
+    assert found == {prefix: entry(number + 1) for number, prefix in enumerate(prefixes)}
+    assert counters_of(cache) == Counters(shared_reads=1, shared_hits=256, shared_misses=1)
 
 
 async def test_fills_are_bounded(cache: SharedCache, raw: Any) -> None:
@@ -307,7 +311,7 @@ async def test_fills_are_bounded(cache: SharedCache, raw: Any) -> None:
     assert counters_of(cache) == Counters(shared_fills_dropped=1500 - 1024)
     assert raw.dbsize() == 1024
     await fill(cache, entry())
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()
 
 
 async def test_fills_travel_together(redis_server: RedisServer) -> None:
@@ -337,9 +341,9 @@ async def test_garbage_that_nobody_overwrites_is_forgotten(cache: SharedCache, r
     """Garbage under names without a key does not use up what is noted to be overwritten."""
     names = [f"tfm:here:v1:key:{number:08x}" for number in range(1500)]
     raw.mset(dict.fromkeys(names, b"1" + b"f" * 16))
-    await asyncio.gather(*(cache.get(name[-8:], counts=believed) for name in names))
+    assert not await find(cache, [name[-8:] for name in names])
     assert counters_of(cache).shared_rejected == 1500
     raw.set(NAME, b"1" + b"f" * 16)
     await assert_refused(cache)
     await fill(cache, entry())
-    assert await cache.get(PREFIX, counts=believed) == entry()
+    assert await get(cache, PREFIX) == entry()

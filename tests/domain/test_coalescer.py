@@ -1,125 +1,142 @@
 """Facts about look-ups that travel together."""
 
 import asyncio
-from collections.abc import Mapping
 
 import pytest
 
-from tfm_guard.coalescer import LIMIT, Coalescer
+from tfm_guard.coalescer import LIMIT, Coalescer, Shared
 
 
-class Source:
-    """Answers with what each key holds when it is read, once it is let go."""
+class Bus:
+    """Carries what it gets once it is let go, unless it breaks down."""
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
-        self.values: dict[str, str] = {}
+        self.failed: list[tuple[list[str], BaseException]] = []
         self.error: Exception | None = None
         self.go = asyncio.Event()
         self.go.set()
-        self.asked = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self.coalescer = Coalescer(self.carry, self.fail)
 
-    async def load(self, keys: list[str]) -> Mapping[str, str]:
-        """Read first, answer later."""
-        self.calls.append(keys)
-        found = {key: self.values[key] for key in keys if key in self.values}
-        self.asked.set()
+    async def carry(self, batch: list[str]) -> None:
+        """Note *batch*, and arrive later."""
+        self.calls.append(batch)
         await self.go.wait()
         if self.error is not None:
             raise self.error
-        return found
+        self.arrived.set()
+
+    def fail(self, batch: list[str], error: BaseException) -> None:
+        """Note what did not arrive."""
+        self.failed.append((batch, error))
+        self.arrived.set()
+
+    async def all_arrived(self) -> None:
+        """Return once something arrived, or did not."""
+        await self.arrived.wait()
+        self.arrived.clear()
 
 
 @pytest.fixture
-def source() -> Source:
-    """Return a source that answers at once."""
-    return Source()
+async def bus() -> Bus:
+    """Return a bus that goes at once."""
+    return Bus()
 
 
-@pytest.fixture
-def coalescer(source: Source) -> Coalescer[str]:
-    """Return a coalescer over the source."""
-    return Coalescer(source.load)
-
-
-async def test_one_turn_is_one_call(source: Source, coalescer: Coalescer[str]) -> None:
-    """Look-ups begun together are one call, with each key once; each gets its own answer."""
-    source.values = {"a": "A", "b": "B"}
-    keys = ["a", "b", "a", "missing", "b"]
-    found = await asyncio.gather(*(coalescer.get(key) for key in keys))
-    assert found == ["A", "B", "A", None, "B"]
-    assert source.calls == [["a", "b", "missing"]]
+async def test_one_turn_is_one_call(bus: Bus) -> None:
+    """What is put in one turn is carried together, in its order."""
+    for one in ("a", "b", "a"):
+        bus.coalescer.put(one)
+    await bus.all_arrived()
+    assert bus.calls == [["a", "b", "a"]]
 
 
 @pytest.mark.parametrize(
     ("count", "sizes"), [(256, [256]), (257, [256, 1]), (1000, [256, 256, 256, 232])]
 )
-async def test_a_call_has_at_most_256_keys(
-    source: Source, coalescer: Coalescer[str], count: int, sizes: list[int]
-) -> None:
-    """More than 256 keys are several calls, which together ask for each key once."""
+async def test_at_most_256_are_carried_together(bus: Bus, count: int, sizes: list[int]) -> None:
+    """More than 256 are several calls, which together carry each once."""
     assert LIMIT == 256
-    source.values = {str(number): f"value {number}" for number in range(count)}
-    found = await asyncio.gather(*(coalescer.get(str(number)) for number in range(count)))
-    assert found == [f"value {number}" for number in range(count)]
-    assert [len(call) for call in source.calls] == sizes
-    assert len({key for call in source.calls for key in call}) == count
+    for number in range(count):
+        bus.coalescer.put(str(number))
+    await bus.all_arrived()
+    assert [len(call) for call in bus.calls] == sizes
+    assert [one for call in bus.calls for one in call] == [str(number) for number in range(count)]
 
 
-async def test_an_error_reaches_all_who_asked(source: Source, coalescer: Coalescer[str]) -> None:
-    """Everyone in a failed call gets its error, and the next call is not affected."""
-    source.error = OSError("gone")
-    found = await asyncio.gather(
-        *(coalescer.get(key) for key in ("a", "b", "a")), return_exceptions=True
-    )
-    assert found == [source.error] * 3
-    source.error = None
-    source.values = {"a": "A"}
-    assert await coalescer.get("a") == "A"
+async def test_what_comes_later_is_carried_by_a_later_call(bus: Bus) -> None:
+    """What is put while a call is under way does not become part of it, nor wait for it."""
+    bus.go.clear()
+    bus.coalescer.put("early")
+    await asyncio.sleep(0)
+    assert bus.calls == [["early"]]
+    bus.coalescer.put("late")
+    await asyncio.sleep(0)
+    assert bus.calls == [["early"], ["late"]]
+    bus.go.set()
+    await bus.all_arrived()
 
 
-@pytest.mark.parametrize("first", [True, False])
-async def test_a_cancelled_waiter_goes_alone(
-    source: Source, coalescer: Coalescer[str], *, first: bool
-) -> None:
-    """Whichever of several waiters is cancelled, the others get their answers, of one call."""
-    source.go.clear()
-    source.values = {"a": "A", "b": "B"}
-    waiters = [asyncio.create_task(coalescer.get(key)) for key in ("a", "a", "b")]
-    await source.asked.wait()
-    gone = waiters.pop(0 if first else 1)
-    gone.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await gone
-    source.go.set()
-    assert await asyncio.gather(*waiters) == ["A", "B"]
-    assert len(source.calls) == 1
+async def test_an_error_is_told_with_what_it_hit(bus: Bus) -> None:
+    """What a failed call carried is told with the error, and the next call is not affected."""
+    bus.error = OSError("gone")
+    bus.coalescer.put("a")
+    bus.coalescer.put("b")
+    await bus.all_arrived()
+    assert bus.failed == [(["a", "b"], bus.error)]
+    bus.error = None
+    bus.coalescer.put("c")
+    await bus.all_arrived()
+    assert bus.calls == [["a", "b"], ["c"]]
+    assert len(bus.failed) == 1
 
 
-async def test_nobody_left_to_hear_of_an_error(source: Source, coalescer: Coalescer[str]) -> None:
-    """When all waiters have gone, an error that comes afterwards troubles nobody."""
-    source.go.clear()
-    source.error = OSError("gone")
-    waiter = asyncio.create_task(coalescer.get("a"))
-    await source.asked.wait()
-    waiter.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiter
-    source.go.set()
-    source.error = None
-    assert await coalescer.get("a") is None
+@pytest.mark.parametrize("left", [True, False])
+async def test_who_cancels_all_tasks_leaves_nothing_behind(bus: Bus, *, left: bool) -> None:
+    """What is cancelled, before it left or later, is told; what comes afterwards is carried."""
+    bus.go.clear()
+    bus.coalescer.put("a")
+    if left:
+        await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    await bus.all_arrived()
+    ((batch, error),) = bus.failed
+    assert batch == ["a"]
+    assert isinstance(error, asyncio.CancelledError)
+    bus.go.set()
+    bus.coalescer.put("b")
+    await bus.all_arrived()
+    assert bus.calls == [*([["a"]] if left else []), ["b"]]
 
 
-async def test_a_look_up_is_read_after_it_was_asked_for(
-    source: Source, coalescer: Coalescer[str]
-) -> None:
-    """A look-up that begins while another is under way is not answered by that one."""
-    source.go.clear()
-    source.values = {"a": "old"}
-    earlier = asyncio.create_task(coalescer.get("a"))
-    await source.asked.wait()
-    source.values = {"a": "new"}
-    later = asyncio.create_task(coalescer.get("a"))
-    source.go.set()
-    assert (await earlier, await later) == ("old", "new")
-    assert source.calls == [["a"], ["a"]]
+@pytest.mark.parametrize("gone", [0, 1, 2])
+async def test_a_cancelled_waiter_goes_alone(gone: int) -> None:
+    """Whichever of several waiters is cancelled, the others get the answer."""
+    shared: Shared[str] = Shared()
+    waits = [shared.wait() for _ in range(3)]
+    waits.pop(gone).cancel()
+    shared.answer("A")
+    assert await asyncio.gather(*waits) == ["A", "A"]
+
+
+async def test_an_error_reaches_all_who_wait() -> None:
+    """Everyone who waits gets the error, and nobody complains of one that nobody waits for."""
+    shared: Shared[str] = Shared()
+    waits = [shared.wait() for _ in range(3)]
+    waits[0].cancel()
+    error = OSError("gone")
+    shared.fail(error)
+    assert await asyncio.gather(*waits[1:], return_exceptions=True) == [error, error]
+    shared.wait()
+    shared.fail(error)
+
+
+async def test_the_first_answer_stands() -> None:
+    """An error that comes after the answer changes nothing for who has it."""
+    shared: Shared[str] = Shared()
+    wait = shared.wait()
+    shared.answer("A")
+    shared.fail(OSError("gone"))
+    assert await wait == "A"

@@ -340,14 +340,14 @@ async def test_an_answer_of_redis_after_the_lease_is_not_believed(
         created = await create(one)
         await one.verify(created.token)
         await written(shared_of(one))
-        get = shared_of(another).get
+        find = shared_of(another).find
 
         async def slowly(*args: Any, **options: Any) -> Any:
-            entry = await get(*args, **options)
+            entries = await find(*args, **options)
             end_lease(another)
-            return entry
+            return entries
 
-        monkeypatch.setattr(shared_of(another), "get", slowly)
+        monkeypatch.setattr(shared_of(another), "find", slowly)
         assert (await another.verify(created.token)).key_id == created.key.id
         assert (another.counters.shared_hits, another.counters.store_reads) == (1, 1)
 

@@ -114,10 +114,8 @@ KINDS: Final = {
 STARTS: Final = (
     "http.middleware.APIKeyMiddleware.__call__",
     "store.database._connect_sqlite",
+    "coalescer.Coalescer._leave",
     "reader.KeyReader._fly",
-    "reader.KeyReader._read_rows",
-    "coalescer.Coalescer._answer",
-    "shared_cache.SharedCache._read",
     "shared_cache.SharedCache._probe",
 )
 # Functions of the same names as some that a request leads to.
@@ -159,6 +157,9 @@ ELSEWHERE: Final = {
     "live.LiveConnection.check": "the SQLite file's check is meant",
     "link.Publisher._send": "the middleware's is meant",
     "link.Publisher._disconnect": "no request waits for it",
+    "http.live._Socket._close": "the coalescer's is meant",
+    "link.Link._read": "the shared cache's is meant",
+    "link._end": "the reader's is meant",
     "redis_access._Wire.send": "ASGI's send is meant",
     "redis_access._Wire.receive": "ASGI's receive is meant",
     "link.Link.stop": "the link is started last, and so never stopped because opening failed",
@@ -233,8 +234,8 @@ NEVER: Final = {
         "await feed.state_and_record(connection, worker_id, place)",
     ): "only PostgreSQL is asked so",
     (
-        "verifier.Verifier.look_up",
-        "async with _Deadline():",
+        "verifier.Verifier._prove",
+        "async with asyncio.timeout_at(end_of(since)):",
     ): "a timeout is entered and left at once",
     (
         "verifier.Verifier.close",
@@ -246,8 +247,8 @@ NEVER: Final = {
     ): "only who was struck off has had a place before",
     (
         "reader.KeyReader.find",
-        "await self._board(prefix, sent_ones_too=False)",
-    ): "only for an unknown prefix that another asks for, too",
+        "await self._landing(flight, since)",
+    ): "the second of the kind: only for an unknown prefix that another asks for, too",
     (
         "shared_cache.SharedCache._read",
         "async with asyncio.timeout(TIMEOUT_SECONDS):",
@@ -262,11 +263,7 @@ NEVER: Final = {
     ): "nothing runs before the last step of opening, which has succeeded",
     (
         "reader.KeyReader._fly",
-        "await asyncio.wait({after.landing})",
-    ): "only without a lease, while another reads the same key",
-    (
-        "reader.KeyReader._fly",
-        "await self._rows.get(prefix)",
+        "await self._ask_store(left)",
     ): "the second of the kind: only where a change has overtaken the read",
     (
         "store.store.Store._begin",

@@ -22,6 +22,7 @@ FLOORS = {
     "text": 0,
     "counters": 0,
     "coalescer": 0,
+    "deadlines": 0,
     "unusual": 0,
     "settings": 1,
     "clock": 1,

@@ -211,9 +211,9 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     ),
     "a row below the floor is believed": Break(
         KeyReader,
-        "_fly",
-        "        return None\n    if row.version < self._freshness.floor(prefix):",
-        "        return None\n    if False:",
+        "_ask_store",
+        "elif row.version < self._freshness.floor(flight.prefix):",
+        "elif False:",
     ),
     "the end of a key is left out": Break(
         KeyReader, "_remember", "if entry.expires_at is not None:", "if False:"
@@ -228,9 +228,7 @@ BREAKS: dict[str, Callable[[], Undo]] = {
     "seals are not checked": Break(
         SharedCache, "_unseal", "or not compare_digest(seal, self._mac(prefix, body))", ""
     ),
-    "seals do not hold the name": Break(
-        SharedCache, "_mac", "name = (self._names + prefix).encode()", 'name = b""'
-    ),
+    "seals do not hold the name": Break(SharedCache, "_mac", "mac.update(prefix.encode())", "pass"),
     "a fill overwrites whatever is there": Constant(
         shared_cache, "_FILL", lambda text: text.replace("if write then", "if true then")
     ),
@@ -430,8 +428,8 @@ DIRECTED: dict[str, Directed] = {
         Break(
             KeyReader,
             "_ask_shared",
-            "return entry if self._freshness.is_fresh() else None",
-            "return entry",
+            "    if not self._freshness.is_fresh():",
+            "    if False:",
         ),
     ),
     "a change made here is not applied here": Directed(

@@ -238,7 +238,7 @@ class Oracle:
         """Check that nobody waits for anything while nothing is asked."""
         for process in self._world.processes:
             reader: Any = process.parts.verifier._reader  # noqa: SLF001
-            waiting = len(reader._flights) + len(reader._rows._waiting)  # noqa: SLF001
+            waiting = len(reader._flights) + len(reader._departures._next or ())  # noqa: SLF001
             coroutines: list[Any] = [task.get_coro() for task in process.loop.live_tasks()]
             tasks = sorted(coroutine.__qualname__ for coroutine in coroutines)
             if waiting or len(tasks) > _IDLE_TASKS:

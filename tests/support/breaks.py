@@ -17,8 +17,8 @@ import sqlalchemy
 from sqlalchemy import insert, update
 
 from tfm_guard import (
-    coalescer,
     confirmation,
+    deadlines,
     freshness,
     link,
     reader,
@@ -112,28 +112,28 @@ def no_breaker() -> Undo:
 
 def no_fallback() -> Undo:
     """A read of Redis that fails, fails the request."""
-    former = shared_cache.SharedCache.get
+    former = shared_cache.SharedCache.find
 
-    async def get(self: Any, prefix: str, *, counts: Any) -> Any:
+    async def find(self: Any, prefixes: list[str], *, counts: Any) -> Any:
         before = self._counters.shared_failures
-        entry = await former(self, prefix, counts=counts)
+        entries = await former(self, prefixes, counts=counts)
         if self._counters.shared_failures > before:
             raise Unavailable("Redis did not answer")
-        return entry
+        return entries
 
-    return put(shared_cache.SharedCache, "get", get)
+    return put(shared_cache.SharedCache, "find", find)
 
 
 def no_flights() -> Undo:
     """Every request reads for itself."""
 
-    async def find(self: Any, prefix: str) -> Any:
-        return await self._fly(prefix, reader.Flight(), None)
+    async def find(self: Any, prefix: str, **_: Any) -> Any:
+        flight = reader.Flight(prefix)
+        landing = flight.wait()
+        await self._fly([flight])
+        return await landing
 
-    async def get(self: Any, key: str) -> Any:
-        return (await self._load([key])).get(key)
-
-    return both(put(reader.KeyReader, "find", find), put(coalescer.Coalescer, "get", get))
+    return put(reader.KeyReader, "find", find)
 
 
 def no_detaching() -> Undo:
@@ -178,7 +178,7 @@ def unavailable_is_no() -> Undo:
 
 def no_deadline() -> Undo:
     """A request waits for the database for as long as it takes."""
-    return both(put(database, "READ_SECONDS", 3600.0), put(verifier, "DEADLINE_SECONDS", 3600.0))
+    return both(put(database, "READ_SECONDS", 3600.0), put(deadlines, "DEADLINE_SECONDS", 3600.0))
 
 
 def no_retry() -> Undo:

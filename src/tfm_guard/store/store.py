@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID, uuid4
 
@@ -11,6 +11,9 @@ from sqlalchemy import (
     Connection,
     Delete,
     Interval,
+    Select,
+    Text,
+    any_,
     bindparam,
     func,
     literal,
@@ -19,6 +22,7 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
@@ -137,12 +141,11 @@ class Store:
     async def find_keys(self, prefixes: Iterable[str]) -> dict[str, StoredKey]:
         """Return the rows of those *prefixes* that exist, by prefix."""
         wanted = list(prefixes)
+        statement = _find_keys(self._database.dialect).add_columns(self._now().label("read_at"))
 
         async def work(connection: AsyncConnection) -> dict[str, StoredKey]:
-            rows = await connection.execute(
-                _FIND_KEYS.add_columns(self._now().label("read_at")), {"prefixes": wanted}
-            )
-            return {row.prefix: _stored_key(row) for row in rows}
+            rows = await connection.execute(statement, {"prefixes": wanted})
+            return {key.prefix: key for key in map(_stored_key, rows)}
 
         return await self._database.read(work)
 
@@ -488,15 +491,27 @@ class Store:
 _ACTIVE_KEYS: Final = select(schema.keys, schema.key_usage.c.last_used_at).outerjoin(
     schema.key_usage, schema.key_usage.c.key_id == schema.keys.c.id
 )
-# In the order of the fields, but for the last, which `find_keys` adds: the time of reading.
-_FIND_KEYS: Final = (
-    select(
-        *(schema.keys.c[field] for field in StoredKey._fields if field in schema.keys.c),
-        schema.accounts.c.suspended_at,
+
+
+@cache
+def _find_keys(dialect: str) -> Select[Any]:
+    """Return what finds keys by their *prefixes*.
+
+    In the order of the fields, but for the last, which `Store.find_keys` adds: the time of reading.
+    """
+    keys = schema.keys.c
+    condition: ColumnElement[bool] = keys.prefix.in_(bindparam("prefixes", expanding=True))
+    if dialect == "postgresql":
+        # One parameter instead of one for each: of hundreds, that is half the work on both sides.
+        condition = keys.prefix == any_(bindparam("prefixes", type_=postgresql.ARRAY(Text)))
+    return (
+        select(
+            *(keys[field] for field in StoredKey._fields if field in keys),
+            schema.accounts.c.suspended_at,
+        )
+        .join(schema.accounts, schema.accounts.c.id == keys.account_id)
+        .where(condition)
     )
-    .join(schema.accounts, schema.accounts.c.id == schema.keys.c.account_id)
-    .where(schema.keys.c.prefix.in_(bindparam("prefixes", expanding=True)))
-)
 
 
 async def _read_installation(connection: AsyncConnection) -> tuple[Installation, Times]:
@@ -515,5 +530,8 @@ async def _read_installation(connection: AsyncConnection) -> tuple[Installation,
     return installation, times
 
 
+_SCOPES: Final = StoredKey._fields.index("scopes")
+
+
 def _stored_key(row: Any) -> StoredKey:
-    return StoredKey._make(row)._replace(scopes=granted(row.scopes))
+    return StoredKey._make((*row[:_SCOPES], granted(row[_SCOPES]), *row[_SCOPES + 1 :]))
