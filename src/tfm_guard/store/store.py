@@ -141,9 +141,10 @@ class Store:
     async def find_keys(self, prefixes: Iterable[str]) -> dict[str, StoredKey]:
         """Return the rows of those *prefixes* that exist, by prefix."""
         wanted = list(prefixes)
-        statement = _find_keys(self._database.dialect).add_columns(self._now().label("read_at"))
 
         async def work(connection: AsyncConnection) -> dict[str, StoredKey]:
+            read_at = self._now().label("read_at")
+            statement = _find_keys(self._database.dialect).add_columns(read_at)
             rows = await connection.execute(statement, {"prefixes": wanted})
             return {key.prefix: key for key in map(_stored_key, rows)}
 
