@@ -356,6 +356,7 @@ async def test_revoking_again_elsewhere_is_as_good(database_url: str) -> None:
         revoking = await begin_revoking(other, other_clock, created)
         await clock.pass_time(POLL)
         await has_seen(database_url, guard, 2)
+        await has_seen(database_url, other, 1)
         await other_clock.pass_time(0.05)
         done = await revoking
         assert (done.how, done.workers) == ("acknowledged", 2)
