@@ -107,7 +107,7 @@ def measure_restarts(url: str, server: RedisServer, length: Length) -> list[Figu
     count = length.of(1_000, KEYS, KEYS)
     keys = asyncio.run(prepare(url, server.url, count))
     # In use are all of them; a shorter run restarts with fewer.
-    keys = keys[: length.of(1_000, 10_000, KEYS)]
+    keys = keys[: length.of(200, 10_000, KEYS)]
     figures, restarts = [], []
     for name, factory in LOOPS.items():
         rates = []

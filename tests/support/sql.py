@@ -11,8 +11,11 @@ DRIVERS = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}
 def engine_for(url: str) -> Engine:
     """Return an engine on *url* that keeps no connection open."""
     parsed = make_url(url)
+    drivername = DRIVERS[parsed.get_backend_name()]
+    # On a busy machine others may hold SQLite's lock for longer than its usual 5 s.
+    patience = {"timeout": 60} if drivername == "sqlite" else {}
     return create_engine(
-        parsed.set(drivername=DRIVERS[parsed.get_backend_name()]), poolclass=NullPool
+        parsed.set(drivername=drivername), poolclass=NullPool, connect_args=patience
     )
 
 
