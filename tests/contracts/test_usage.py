@@ -168,7 +168,7 @@ async def test_a_flush_is_one_statement_for_each_table(store: Store) -> None:
     finally:
         event.remove(Engine, "before_cursor_execute", note)
     assert [table for table, _ in written] == ["tfm_flushes", "tfm_key_usage", "tfm_usage_hours"]
-    assert all(parameters <= 3 for _, parameters in written)
+    assert all(parameters <= 5 for _, parameters in written)
 
 
 async def test_processes_that_flush_the_same_keys_wait_and_do_not_deadlock(

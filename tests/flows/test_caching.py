@@ -210,13 +210,13 @@ async def test_a_replayed_entry_is_below_the_floor(
         newcomer = await open_guard()
         for number in range(20):
             for guard in (one, another, newcomer):
-                await written(shared_of(guard))  # else the tombstone may overwrite it at once
                 raw.set(name, replayed)
                 wrong = same_prefix(guard, created.token, number)  # not in the negative cache
                 assert await cost_of(guard, refusal(guard, wrong)) == Cost(1, 1, 0)
-                await written(shared_of(guard))
+                await written(shared_of(guard))  # else it may overwrite what comes now
                 raw.set(name, replayed)
                 assert await refusal(guard, created.token) == "revoked"
+                await written(shared_of(guard))
         for guard in (one, another, newcomer):
             assert guard.counters.shared_rejected > 20
             assert guard.recall(as_headers(created.token.encode())) is None

@@ -328,7 +328,7 @@ class Store:
         """
         hour = int(self._clock.now().timestamp()) // 3600
         tallies = [Tally(uuid4().bytes, hour, 1, 0, hour * 3600.0) for _ in range(keys)]
-        rows = await usage.rows_of(tallies)
+        rows = await usage.rows_of(tallies, self._database.dialect)
 
         def run(connection: Connection) -> float:
             self._begin_usage(connection)
@@ -419,7 +419,7 @@ class Store:
         What was added under the same *flush_id* before is not added again. Raises `Unavailable`
         where it is not known to have been added.
         """
-        rows = await usage.rows_of(tallies)
+        rows = await usage.rows_of(tallies, self._database.dialect)
 
         def run(connection: Connection) -> None:
             usage.add(connection, flush_id, rows, self._begin_usage(connection))

@@ -1,10 +1,10 @@
 """Adding what was counted to the usage of keys, reading it, and forgetting what is old."""
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache, lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -13,7 +13,7 @@ from sqlalchemy import (
     Connection,
     Delete,
     Executable,
-    Select,
+    FromClause,
     Table,
     Text,
     bindparam,
@@ -30,6 +30,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from tfm_guard.records import Tally
 from tfm_guard.store import schema
 from tfm_guard.store.transaction import ERASED_ACCOUNT
+
+T = TypeVar("T")
 
 # The longest range that is shown has 90 days, of which the first is not over when it begins.
 _HOURS_KEPT: Final = timedelta(days=92)
@@ -50,31 +52,59 @@ class UsageHour(NamedTuple):
 
 
 class UsageRows(NamedTuple):
-    """Rows to be added, as JSON: so that each statement has one parameter, however many rows."""
+    """Rows to be added: as few parameters for each statement, however many rows; none for none."""
 
-    last_used: str
-    hours: str
+    last_used: dict[str, str]
+    hours: dict[str, str]
 
 
-async def rows_of(tallies: Sequence[Tally]) -> UsageRows:
+async def rows_of(tallies: Sequence[Tally], dialect: str) -> UsageRows:
     """Return *tallies* as rows. A key may have several, each of another hour."""
     last_used: dict[str, float] = {}
-    hours = []
-    for start in range(0, len(tallies), _STEP):
-        for tally in tallies[start : start + _STEP]:
+    hours = _Parameters(dialect)
+    for some in _steps(tallies):
+        rows = []
+        for tally in some:
             key_id = tally.key_id.hex()
-            hours.append(
-                (key_id, _text_of(tally.hour * _HOUR_SECONDS), tally.accepted, tally.refused)
-            )
+            rows.append((key_id, _hour(tally.hour), tally.accepted, tally.refused))
             if tally.used_at is not None:
                 last_used[key_id] = max(tally.used_at, last_used.get(key_id, tally.used_at))
+        hours.add(rows)
         await asyncio.sleep(0)
-    moments = []
-    for number, (key_id, moment) in enumerate(last_used.items()):
-        moments.append((key_id, _text_of(moment)))
-        if number % _STEP == 0:
-            await asyncio.sleep(0)
-    return UsageRows(msgspec.json.encode(moments).decode(), msgspec.json.encode(hours).decode())
+    moments = _Parameters(dialect)
+    for used in _steps(list(last_used.items())):
+        moments.add([(key_id, _text_of(moment)) for key_id, moment in used])
+        await asyncio.sleep(0)
+    return UsageRows(moments.by_name(), hours.by_name())
+
+
+def _steps(all_: Sequence[T]) -> Iterator[Sequence[T]]:
+    return (all_[start : start + _STEP] for start in range(0, len(all_), _STEP))
+
+
+class _Parameters:
+    """Rows as the parameters of `_rows`: of PostgreSQL an array for each column, else JSON.
+
+    PostgreSQL takes twice as long for rows in JSON, SQLite has no arrays.
+    """
+
+    def __init__(self, dialect: str) -> None:
+        self._in_arrays = dialect == "postgresql"
+        self._texts: list[list[str]] = []  # of each addition: one for each parameter
+
+    def add(self, rows: Sequence[tuple[str | int, ...]]) -> None:
+        if self._in_arrays:
+            columns = zip(*rows, strict=True)
+            self._texts.append([",".join(map(str, column)) for column in columns])
+        else:
+            self._texts.append([msgspec.json.encode(rows).decode()[1:-1]])
+
+    def by_name(self) -> dict[str, str]:
+        first, last = "{}" if self._in_arrays else "[]"
+        return {
+            _name(number): first + ",".join(texts) + last
+            for number, texts in enumerate(zip(*self._texts, strict=True))
+        }
 
 
 def add(connection: Connection, flush_id: UUID, rows: UsageRows, now: datetime) -> None:
@@ -83,8 +113,10 @@ def add(connection: Connection, flush_id: UUID, rows: UsageRows, now: datetime) 
     flush = {"id": flush_id, "created_at": now}
     if connection.execute(statements.flush, flush).scalar_one_or_none() is None:
         return
-    connection.execute(statements.last_used, {"rows": rows.last_used})
-    connection.execute(statements.hours, {"rows": rows.hours})
+    if rows.last_used:
+        connection.execute(statements.last_used, rows.last_used)
+    if rows.hours:
+        connection.execute(statements.hours, rows.hours)
 
 
 async def read(
@@ -177,30 +209,40 @@ def _statements(dialect: str) -> _Statements:
 
 
 def _insert(make: Any, table: Table, dialect: str) -> Any:
-    """Return what inserts the JSON rows of *table*'s columns."""
-    return make.insert(table).from_select(list(table.c), _rows(table, dialect))
-
-
-def _rows(table: Table, dialect: str) -> Select[Any]:
-    parameter = bindparam("rows", type_=Text())
-    if dialect == "postgresql":
-        each = func.json_array_elements(cast(parameter, postgresql.JSON)).table_valued("value")
-        field = "{} ->> {}"
-    else:
-        each = func.json_each(parameter).table_valued("value")
-        field = "json_extract({}, '$[{}]')"
-    each = each.alias("row")
-    columns = [
-        cast(literal_column(field.format('"row".value', number)), column.type)
-        for number, column in enumerate(table.c)
-    ]
+    """Return what inserts rows of *table*'s columns, which `_Parameters` are."""
+    columns, rows = (_in_arrays if dialect == "postgresql" else _in_json)(table)
     keys = schema.keys.c
-    return (
+    chosen = (
         select(*columns)
-        .select_from(each.join(schema.keys, keys.id == columns[0]))
+        .select_from(rows.join(schema.keys, keys.id == columns[0]))
         .where(keys.account_id != ERASED_ACCOUNT)
         .order_by(keys.id, *columns[1:2])
     )
+    return make.insert(table).from_select(list(table.c), chosen)
+
+
+def _in_arrays(table: Table) -> tuple[list[ColumnElement[Any]], FromClause]:
+    arrays = [
+        cast(bindparam(_name(number), type_=Text()), postgresql.ARRAY(column.type))
+        for number, column in enumerate(table.c)
+    ]
+    names = [column.name for column in table.c]
+    rows = func.unnest(*arrays).table_valued(*names).render_derived("counted")
+    return list(rows.c), rows
+
+
+def _in_json(table: Table) -> tuple[list[ColumnElement[Any]], FromClause]:
+    rows = func.json_each(bindparam(_name(0), type_=Text())).table_valued("value").alias("counted")
+    columns = [
+        cast(literal_column(f"json_extract(counted.value, '$[{number}]')"), column.type)
+        for number, column in enumerate(table.c)
+    ]
+    return list(columns), rows
+
+
+def _name(number: int) -> str:
+    """Return the name of a parameter."""
+    return f"rows_{number}"
 
 
 def _removal(table: Table, condition: ColumnElement[bool]) -> Delete:
@@ -212,6 +254,11 @@ def _text_of(moment: float) -> str:
     """Return seconds since 1970 as text that both databases take for a moment."""
     second, rest = divmod(moment, 1.0)
     return f"{_second(int(second))}.{int(rest * 1_000_000):06}Z"
+
+
+@lru_cache(256)
+def _hour(hour: int) -> str:
+    return _text_of(hour * _HOUR_SECONDS)
 
 
 @lru_cache(256)
