@@ -16,6 +16,7 @@ from sqlalchemy import (
     literal,
     select,
     text,
+    true,
     type_coerce,
     update,
 )
@@ -392,8 +393,10 @@ class Store:
 
     async def confirm_revocation(self, key_id: UUID) -> None:
         """Record that the revocation of a key has been shown to hold everywhere."""
-        confirm = update(schema.keys).where(schema.keys.c.id == key_id)
-        await self._database.write_one(confirm.values(confirmed_at=self._now()))
+        confirm = _CONFIRM_SOON
+        if self._database.dialect == "sqlite":
+            confirm = _CONFIRM.values(confirmed_at=self._now())
+        await self._database.write_one(confirm, {"confirmed_key": key_id})
 
     async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         """Store the digest of a key that was proven by its slow hash. Its state stays as it is."""
@@ -497,6 +500,12 @@ _FIND_KEYS: Final = (
     .join(schema.accounts, schema.accounts.c.id == schema.keys.c.account_id)
     .where(schema.keys.c.prefix.in_(bindparam("prefixes", expanding=True)))
 )
+
+_CONFIRM: Final = update(schema.keys).where(schema.keys.c.id == bindparam("confirmed_key"))
+# Without waiting for a disk or a standby: if PostgreSQL loses it, asking again confirms it again.
+_CONFIRM_SOON: Final = _CONFIRM.where(
+    func.set_config("synchronous_commit", "off", true()) == "off"
+).values(confirmed_at=func.clock_timestamp(type_=UtcDateTime()))
 
 
 async def _read_installation(connection: AsyncConnection) -> tuple[Installation, Times]:
