@@ -488,11 +488,11 @@ async def test_a_rotated_password_ends_the_link(
     await process.connects_again()
 
 
-@pytest.mark.parametrize("command", ["subscribe", "publish"])
+@pytest.mark.parametrize("command", ["hello", "subscribe", "publish"])
 async def test_what_redis_does_not_permit_is_not_there(
     process: Process, redis_server: RedisServer, command: str
 ) -> None:
-    """Without SUBSCRIBE there is no link; without PUBLISH nobody is told, and that is known."""
+    """Without HELLO or SUBSCRIBE there is no link; without PUBLISH nobody is told, and that is known."""
     with redis_server.client() as client:
         client.execute_command("ACL", "SETUSER", "default", f"-{command}")
         try:
