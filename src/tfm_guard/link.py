@@ -10,6 +10,7 @@ Whatever arrives is believed only under a seal, since anyone who can reach Redis
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import random
@@ -32,6 +33,7 @@ _log: Final = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Connect = Callable[[], Awaitable[Wire]]
+_Command = tuple[str, str, bytes]
 
 _PING_SECONDS: Final = 0.5
 # A question that has found no answer for so long ends the connection.
@@ -41,6 +43,8 @@ _FIRST_PAUSE_SECONDS: Final = 0.1
 _LONGEST_PAUSE_SECONDS: Final = 1.0
 _SEAL_BYTES: Final = 16
 _CANCEL_SECONDS: Final = 0.1
+# So many frames, of a flood of them, are handled before requests get their turn.
+_FRAMES_IN_A_ROW: Final = 16
 # Between a failure to publish and the next attempt.
 _PUBLISHER_PAUSE_SECONDS: Final = (0.15, 0.25)
 # More than this to publish at once means that somebody floods us.
@@ -214,40 +218,51 @@ class Link:
         await wire.send(("PING", nonce))
 
     async def _read(self, wire: Wire) -> None:
-        while True:
+        for number in itertools.count(1):
             frame = await wire.receive()
             try:
-                self._handle(frame)
+                answer = self._handle(frame)
             except Exception:
                 # What it was about is unknown, so nothing that is remembered can be trusted.
                 self._freshness.start_afresh()
                 raise
+            if answer is not None or number % _FRAMES_IN_A_ROW == 0:
+                await asyncio.sleep(0)
+            if answer is not None:
+                # Behind the first steps of whatever that has set going: closing WebSockets.
+                await wire.send(answer)
 
-    def _handle(self, frame: Any) -> None:
+    def _handle(self, frame: Any) -> _Command | None:
+        """Handle what Redis says; return what to say to it."""
         match frame:
             case [b"message", channel, bytes(payload)] if channel == self._changes.encode():
-                self._handle_message(payload)
+                return self._handle_message(payload)
             case [b"message", channel, bytes(payload)] if channel == self._replies.encode():
                 self._handle_acknowledgement(payload)
-            case [b"pong", bytes(nonce)]:
+            case bytes(nonce):
                 asked = self._asked.pop(nonce, -math.inf)
                 self._freshness.link_answered(asked)
+            case int():
+                pass  # so many have heard an acknowledgement
             case _:
                 raise ConnectionError("the answer is not one that Redis gives")
+        return None
 
-    def _handle_message(self, payload: bytes) -> None:
+    def _handle_message(self, payload: bytes) -> _Command | None:
+        """Apply what the message says; return how to acknowledge it, if that is ours to do."""
         message = self._seals.open(self._changes, payload, Message)
         if message is None:
             self._counters.link_rejected += 1
-            return
+            return None
         for change in message.changes:
             self._freshness.apply(change)
         if self._freshness.worker_id in message.struck_off:
             self._freshness.start_afresh()
+        if message.reply_to == self._replies:
+            return None  # who waits here knows of this process
+        # It is sealed and names the message, so it says the same on whatever server: no ROLE here.
         acknowledgement = Acknowledgement(self._freshness.worker_id, message.id)
-        sealed = self._seals.seal(message.reply_to, acknowledgement)
-        # Behind the first steps of whatever the changes have set going: closing WebSockets.
-        asyncio.get_running_loop().call_soon(self._publisher.publish_soon, message.reply_to, sealed)
+        return "PUBLISH", message.reply_to, self._seals.seal(message.reply_to, acknowledgement)
 
     def _handle_acknowledgement(self, payload: bytes) -> None:
         acknowledgement = self._seals.open(self._replies, payload, Acknowledgement)
@@ -291,29 +306,22 @@ class Publisher:
 
     async def publish(self, channel: str, payload: bytes) -> str:
         """Publish and return the run id of the server that took it. Raises what went wrong."""
-        return await asyncio.shield(self._enqueue(channel, payload))
-
-    def publish_soon(self, channel: str, payload: bytes) -> None:
-        """Publish, if that can be done at the first or second attempt."""
-        self._enqueue(channel, payload)
+        if len(self._waiting) >= _MOST_WAITING:
+            raise ConnectionError("too much is waiting to be published")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[str] = loop.create_future()
+        # Seen, should nobody wait for it.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._waiting.append((channel, payload, future))
+        if self._sending is None:
+            self._sending = loop.create_task(self._send_all())
+        return await asyncio.shield(future)
 
     async def close(self) -> None:
         """Close the connection; what was still to be published is not."""
         if self._sending is not None:
             await _end(self._sending)
         await self._disconnect()
-
-    def _enqueue(self, channel: str, payload: bytes) -> "asyncio.Future[str]":
-        future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        # Seen, should nobody wait for it.
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if len(self._waiting) >= _MOST_WAITING:
-            future.set_exception(ConnectionError("too much is waiting to be published"))
-            return future
-        self._waiting.append((channel, payload, future))
-        if self._sending is None:
-            self._sending = asyncio.get_running_loop().create_task(self._send_all())
-        return future
 
     async def _send_all(self) -> None:
         try:
@@ -344,14 +352,14 @@ class Publisher:
             future.set_result(run_id)
         return True
 
-    async def _send_twice(self, commands: list[tuple[str, str, bytes]]) -> str:
+    async def _send_twice(self, commands: list[_Command]) -> str:
         """Send *commands*; once more if a connection that had been left idle turns out dead."""
         if self._wire is not None:
             with contextlib.suppress(Exception):
                 return await self._send_once(commands)
         return await self._send_once(commands)
 
-    async def _send_once(self, commands: list[tuple[str, str, bytes]]) -> str:
+    async def _send_once(self, commands: list[_Command]) -> str:
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 wire = self._wire = self._wire or await self._connect()

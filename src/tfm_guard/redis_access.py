@@ -51,6 +51,10 @@ class RedisAccess:
         connection to be had within `TIMEOUT_SECONDS`.
         """
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        # In version 3 of the protocol, who has subscribed may publish, too.
+        connection.protocol = 3
+        # Else the library would have a task of its own send each command.
+        connection.socket_timeout = None
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 await connection.connect()  # type: ignore[no-untyped-call]
@@ -83,7 +87,8 @@ class _Wire:
         if not self._connection.is_connected:
             raise ConnectionError("the connection was lost")
         packed = self._connection.pack_commands(commands)
-        await self._connection.send_packed_command(packed, check_health=False)
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await self._connection.send_packed_command(packed, check_health=False)
 
     async def receive(self) -> Any:
         if not self._connection.is_connected:
@@ -112,7 +117,9 @@ async def _checked_run_id(connection: AbstractConnection) -> str:
 
 
 async def _read_reply(connection: AbstractConnection) -> Any:
-    return await connection.read_response(disable_decoding=True, timeout=math.inf)
+    return await connection.read_response(
+        disable_decoding=True, timeout=math.inf, push_request=True
+    )
 
 
 def _field(info: bytes, name: bytes) -> str:

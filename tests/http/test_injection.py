@@ -215,6 +215,11 @@ NEVER: Final = {
     ): "it does not wait for that",
     (
         "redis_access._checked_run_id",
+        "await connection.send_packed_command(connection.pack_commands(commands), "
+        "check_health=False)",
+    ): "what is sent is short",
+    (
+        "redis_access._checked_run_id",
         "await _read_reply(connection)",
     ): "the answers to what was sent together come together",
     (

@@ -76,7 +76,7 @@ class RedisServer:
             connection.channels += arguments
             return [[b"subscribe", c, n] for n, c in enumerate(connection.channels, start=1)]
         if name == b"PING":
-            return [[b"pong", *arguments]]
+            return [*arguments]
         if name == b"ROLE":
             return [[self.role.encode(), 0, []]]
         assert name == b"PUBLISH"

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -133,18 +133,20 @@ class Database:
 
         return await self._within(WRITE_SECONDS, attempt)
 
-    async def write_one(self, statement: Executable) -> None:
+    async def write_one(
+        self, statement: Executable, values: Mapping[str, Any] | None = None
+    ) -> None:
         """Execute one *statement*, which commits by itself: a third of the round trips of `write`.
 
         It must be one that does no harm if it is carried out twice, or late.
         """
         if self.dialect == "sqlite":
-            await self.write(lambda connection: connection.execute(statement))
+            await self.write(lambda connection: connection.execute(statement, values))
             return
 
         async def attempt(_: list[bool]) -> None:
             async with self._reader.connect() as connection:
-                await connection.execute(statement)
+                await connection.execute(statement, values)
 
         await self._within(WRITE_SECONDS, attempt)
 
