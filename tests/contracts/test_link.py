@@ -492,7 +492,7 @@ async def test_a_rotated_password_ends_the_link(
 async def test_what_redis_does_not_permit_is_not_there(
     process: Process, redis_server: RedisServer, command: str
 ) -> None:
-    """Without HELLO or SUBSCRIBE there is no link; without PUBLISH nobody is told, and that is known."""
+    """Without HELLO or SUBSCRIBE there is no link; without PUBLISH it is known that none hears."""
     with redis_server.client() as client:
         client.execute_command("ACL", "SETUSER", "default", f"-{command}")
         try:

@@ -215,8 +215,10 @@ NEVER: Final = {
     ): "it does not wait for that",
     (
         "redis_access._checked_run_id",
-        "await connection.send_packed_command(connection.pack_commands(commands), "
-        "check_health=False)",
+        (
+            "await connection.send_packed_command(connection.pack_commands(commands), "
+            "check_health=False)"
+        ),
     ): "what is sent is short",
     (
         "redis_access._checked_run_id",

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -59,6 +59,14 @@ class Database:
                 f"TFM_GUARD_DATABASE_URL: the driver of {self.dialect} cannot be loaded: {error}"
             ) from None
         self._running: set[asyncio.Task[Any]] = set()
+
+    def leave(self) -> None:
+        """Close the connections to a file that belong to an event loop that has ended.
+
+        One that was cut off in a transaction would keep all others from writing.
+        """
+        if self._file is not None:
+            _end_connections(self._file.connections)
 
     def __repr__(self) -> str:
         return f"Database({self.dialect})"
@@ -278,6 +286,7 @@ def _write(engine: Engine, work: Callable[[Connection], T]) -> T:
 async def _connect_sqlite(file: SqliteFile, *args: Any, **options: Any) -> aiosqlite.Connection:
     file.check()
     connection = aiosqlite.connect(*args, **options)
+    file.connections.add(connection)
     thread = connection._thread  # noqa: SLF001  # there is no other way to it
     thread.daemon = True
     try:
@@ -287,6 +296,16 @@ async def _connect_sqlite(file: SqliteFile, *args: Any, **options: Any) -> aiosq
         # left alone, the thread may find the event loop closed and print a traceback.
         await asyncio.to_thread(thread.join)
         raise
+
+
+def _end_connections(connections: Iterable[aiosqlite.Connection]) -> None:
+    """Close *connections* whose event loop has ended, which they cannot tell any more."""
+    for connection in list(connections):
+        connection.stop()
+        connection._thread.join(WRITE_SECONDS)  # noqa: SLF001  # it closes, unless it had died
+        raw = connection._connection  # noqa: SLF001  # none if closed
+        if raw is not None:
+            raw.close()
 
 
 def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngine:

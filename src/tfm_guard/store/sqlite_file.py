@@ -3,7 +3,10 @@
 import contextlib
 import os
 import sqlite3
+import weakref
 from pathlib import Path
+
+import aiosqlite
 
 
 class SqliteFile:
@@ -15,6 +18,7 @@ class SqliteFile:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).absolute()  # whatever the working folder becomes
+        self.connections = weakref.WeakSet[aiosqlite.Connection]()
         self._identity: tuple[int, int] | None = None
 
     def adopt(self) -> None:

@@ -104,6 +104,10 @@ class Store:
     async def close(self) -> None:
         await self._database.close()
 
+    def leave(self) -> None:
+        """Let go of what the event loop that it was used in, and that has ended, left open."""
+        self._database.leave()
+
     async def look(self) -> Look | None:
         """Return what the database looks like; none if its file does not exist. Makes nothing."""
         if not self._database.has_file():
@@ -516,6 +520,7 @@ def _find_keys(dialect: str) -> Select[Any]:
         .join(schema.accounts, schema.accounts.c.id == keys.account_id)
         .where(condition)
     )
+
 
 _CONFIRM: Final = update(schema.keys).where(schema.keys.c.id == bindparam("confirmed_key"))
 # Without waiting for a disk or a standby: if PostgreSQL loses it, asking again confirms it again.
