@@ -330,7 +330,8 @@ class Guard:
             return
         if self._loop is not None and not self._loop.is_closed():
             raise GuardError("A guard serves one event loop; make one guard for each")
-        self._store.leave()
+        if self._loop is not None:
+            self._store.leave()
         self._start_anew()
         self._loop = loop
 
