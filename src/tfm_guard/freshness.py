@@ -330,15 +330,18 @@ class Freshness:
             self._recording = self._spawn(self._record())
 
     async def _record(self) -> None:
-        worker_id = self.worker_id
-        place = Place(self._seen, self._link, self._next_turn())
+        recorded: tuple[UUID, int, str | None] | None = None
         try:
-            with contextlib.suppress(Unavailable):
-                await self._store.record_place(worker_id, place)
-                if worker_id == self.worker_id:
-                    self._note_recorded(place)
-                    if self._link is not None and not self._link_counts:
-                        self._poll_soon.set()
+            with contextlib.suppress(Unavailable):  # then the next read of the feed has it recorded
+                # Again, if there was more to record before this came through.
+                while recorded != (current := (self.worker_id, self._seen, self._link)):
+                    worker_id, seen, link = recorded = current
+                    place = Place(seen, link, self._next_turn())
+                    await self._store.record_place(worker_id, place)
+                    if worker_id == self.worker_id:
+                        self._note_recorded(place)
+                        if self._link is not None and not self._link_counts:
+                            self._poll_soon.set()
         finally:
             self._recording = None
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from functools import partial
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import delete, select, update
@@ -52,6 +52,11 @@ class Member(Freshness):
     def linked(self) -> bool:
         """Whether its link counts."""
         return "not linked" not in repr(self)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it has nothing to record any more."""
+        return self._recording is None
 
     async def come_to(self, link: str) -> None:
         """Have a link, and return when it counts."""
@@ -535,6 +540,28 @@ async def test_a_mark_cannot_be_written_over(store: Store) -> None:
     assert (await store.read_register()).members == register
     await store.strike_off([], 3, marked=[behind])
     assert {*(await store.read_register()).members} == {ahead, marked}
+
+
+async def test_what_is_seen_while_a_place_is_recorded_is_recorded_next(
+    store: Store, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the first write was, nobody waits an interval for the second."""
+    record, let_go = store.record_place, asyncio.Event()
+
+    async def record_slowly(worker_id: UUID, place: Place) -> None:
+        await let_go.wait()
+        await record(worker_id, place)
+
+    monkeypatch.setattr(store, "record_place", record_slowly)
+    member = Member(store)
+    await member.start()
+    await create_key(store, "00000001")
+    await member.poll()
+    assert [change.prefix for change in member.heard] == ["00000001"]
+    let_go.set()
+    await until(lambda: member.recorded, what="nothing is recorded any more")
+    assert [row.seen for row in execute(database_url, WORKERS)] == [1]
+    await member.stop()
 
 
 async def test_a_link_counts_once_the_register_tells_it(database_url: str, member: Member) -> None:
