@@ -21,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import uvloop
+
 from benchmarks.insides import MadeKey, insert, linked, make_keys
 from benchmarks.measuring import Figure, Length, Result, figure_of, median_s, percentile, run
 from tests.support.postgres import PostgresServer
@@ -161,13 +163,13 @@ def revoke_among(count: int, database: str, redis: str, revocations: int) -> Out
             await insert(guard, keys)
             return keys
 
-    keys = asyncio.run(prepare())
+    keys = uvloop.run(prepare())
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens"
         tokens.write_bytes(b"\n".join(key.token for key in keys))
         with workers(count - 1, database, redis, tokens) as processes:
             started = time.monotonic()
-            revoked = asyncio.run(revoke_all(database, redis, keys))
+            revoked = uvloop.run(revoke_all(database, redis, keys))
             took = time.monotonic() - started
             ends = [Ended(*json.loads(process.communicate("\n")[0])) for process in processes]
     ends.append(revoked.own)
@@ -239,6 +241,6 @@ def measure(length: Length) -> Result:
 
 if __name__ == "__main__":
     if len(sys.argv) == 4:  # noqa: PLR2004  # a worker is told the two URLs and the file of tokens
-        asyncio.run(work(sys.argv[1], sys.argv[2], Path(sys.argv[3]).read_bytes().split()))
+        uvloop.run(work(sys.argv[1], sys.argv[2], Path(sys.argv[3]).read_bytes().split()))
     else:
         run("revoking", __doc__, measure)
