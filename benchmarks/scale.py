@@ -371,7 +371,7 @@ def table_of_limits() -> str:
         ],
         [
             f"database: processes on 97 connections, with pools of {POOLED}",
-            f"{97 // (2 * POOLED + 2)}",
+            f"{97 // (2 * POOLED + 5)}",
         ],
         ["keys that there ever were, by their prefixes", f"{2**32:,}"],
     ]

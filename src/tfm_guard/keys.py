@@ -322,22 +322,11 @@ class KeyManager:
         cancelled meanwhile. Raises `KeyNotFound` where the account has no such key or its
         revocation was confirmed before, and `Unavailable`.
         """
-
-        async def revoke(transaction: Transaction) -> Change | None:
-            row = await transaction.lock_key(account_id, key_id)
-            if row is None or row.confirmed_at is not None:
-                raise KeyNotFound
-            if row.revoked_at is not None:
-                # Revoked earlier, here or elsewhere, and not yet confirmed. Whoever has seen the
-                # feed up to its head has seen that.
-                return Change(await transaction.head(), "revoked", row.prefix, row.version)
-            await transaction.change_key("revoked", row, revoked_at=transaction.now)
-            await _audit(transaction, row, actor, "revoked")
-            return None
-
-        earlier, changes = await self._store.transact(revoke)
+        change = await self._store.revoke_key(account_id, key_id, actor)
+        if change is None:
+            raise KeyNotFound
         return await self._confirmation.wait(
-            [earlier] if earlier else changes,
+            [change],
             confirmed=lambda: self._store.confirm_revocation(key_id),
         )
 

@@ -15,6 +15,7 @@ import logging
 import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from hmac import compare_digest
 from typing import Any, Final, TypeVar
@@ -45,6 +46,8 @@ _SEAL_BYTES: Final = 16
 _CANCEL_SECONDS: Final = 0.1
 # So many frames, of a flood of them, are handled before requests get their turn.
 _FRAMES_IN_A_ROW: Final = 16
+# Whose seals are prepared: our own two channels, and those on which others wait for answers.
+_MOST_CHANNELS: Final = 256
 # Between a failure to publish and the next attempt.
 _PUBLISHER_PAUSE_SECONDS: Final = (0.15, 0.25)
 # More than this to publish at once means that somebody floods us.
@@ -72,13 +75,14 @@ class Seals:
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._keys = tuple(keys)
+        self._states = lru_cache(_MOST_CHANNELS)(self._new_states)
         # Names the newest key. Processes on different keys may not hear each other.
         self.id = blake2b(keys[0], digest_size=8, person=b"tfm-guard seal").hexdigest()
 
     def seal(self, channel: str, content: Struct) -> bytes:
         """Return *content* as it is sent on *channel*."""
         body = msgspec.msgpack.encode(content)
-        return body + _mac(self._keys[0], channel, body)
+        return body + _mac(self._states(channel)[0], body)
 
     def open(self, channel: str, payload: bytes, kind: type[T]) -> T | None:
         """Return what was sent on *channel*; none unless it was sealed by one of us.
@@ -87,9 +91,17 @@ class Seals:
         not known then, and may not be passed over.
         """
         body, mac = payload[:-_SEAL_BYTES], payload[-_SEAL_BYTES:]
-        if not any(compare_digest(mac, _mac(key, channel, body)) for key in self._keys):
-            return None
-        return msgspec.msgpack.decode(body, type=kind)
+        for state in self._states(channel):
+            if compare_digest(mac, _mac(state, body)):
+                return msgspec.msgpack.decode(body, type=kind)
+        return None
+
+    def _new_states(self, channel: str) -> "list[blake2b]":
+        # With the channel in it, what was sealed for one is a forgery on another.
+        return [
+            blake2b(channel.encode(), key=key, digest_size=_SEAL_BYTES, person=b"tfm-guard link")
+            for key in self._keys
+        ]
 
 
 class Link:
@@ -112,6 +124,8 @@ class Link:
         self._connect = connect
         self._changes = f"{names}changes"
         self._replies = f"{names}replies:{random(8).hex()}"
+        self._changes_name = self._changes.encode()
+        self._replies_name = self._replies.encode()
         self._seals = seals
         self._freshness = freshness
         self._clock = clock
@@ -235,9 +249,9 @@ class Link:
     def _handle(self, frame: Any) -> _Command | None:
         """Handle what Redis says; return what to say to it."""
         match frame:
-            case [b"message", channel, bytes(payload)] if channel == self._changes.encode():
+            case [b"message", self._changes_name, bytes(payload)]:
                 return self._handle_message(payload)
-            case [b"message", channel, bytes(payload)] if channel == self._replies.encode():
+            case [b"message", self._replies_name, bytes(payload)]:
                 self._handle_acknowledgement(payload)
             case bytes(nonce):
                 asked = self._asked.pop(nonce, -math.inf)
@@ -387,8 +401,7 @@ async def _end(task: "asyncio.Task[None]") -> None:
         await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
 
 
-def _mac(key: bytes, channel: str, body: bytes) -> bytes:
-    # With the channel in it, what was sealed for one is a forgery on another.
-    mac = blake2b(channel.encode(), key=key, digest_size=_SEAL_BYTES, person=b"tfm-guard link")
+def _mac(state: "blake2b", body: bytes) -> bytes:
+    mac = state.copy()
     mac.update(body)
     return mac.digest()

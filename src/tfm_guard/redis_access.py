@@ -2,10 +2,12 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qs, urlsplit
 
+import hiredis
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
@@ -15,6 +17,10 @@ from tfm_guard.errors import ConfigurationError
 
 # For a command and its answer, and for coming into connection.
 TIMEOUT_SECONDS: Final = 0.25
+# More than this that has come and is not yet handled, and the server has to wait.
+_MOST_FRAMES: Final = 1_000
+_NOTHING_YET: Final = object()
+_pack: Final[Callable[..., bytes]] = hiredis.pack_command  # annotated for a single word
 
 
 class Wire(Protocol):
@@ -77,26 +83,71 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-class _Wire:
+class _Wire(asyncio.Protocol):
+    """What is left of *connection* once it is made: its transport, without redis-py's layers.
+
+    Each process runs through this for each message, so it is the cost of revoking and of a flood.
+    """
+
     def __init__(self, connection: AbstractConnection, run_id: str) -> None:
         self.run_id = run_id
         self._connection = connection
+        self._parser = hiredis.Reader(notEnoughData=_NOTHING_YET)
+        self._frames: deque[Any] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+        self._lost = False
+        self._paused = False
+        # The library has no way to hand them over.
+        streams: Any = connection
+        self._transport: asyncio.Transport = streams._writer.transport  # noqa: SLF001
+        self._transport.set_protocol(self)
+        self.data_received(bytes(streams._reader._buffer))  # noqa: SLF001
 
     async def send(self, *commands: Sequence[str | bytes]) -> None:
-        # The library would connect again by itself, and so hide that messages were lost.
-        if not self._connection.is_connected:
+        if self._lost:
             raise ConnectionError("the connection was lost")
-        packed = self._connection.pack_commands(commands)
-        async with asyncio.timeout(TIMEOUT_SECONDS):
-            await self._connection.send_packed_command(packed, check_health=False)
+        # Whoever sends waits for an answer in its time, so nothing piles up in the transport.
+        self._transport.write(b"".join(_pack((*words,)) for words in commands))
 
     async def receive(self) -> Any:
-        if not self._connection.is_connected:
-            raise ConnectionError("the connection was lost")
-        return await _read_reply(self._connection)
+        while not self._frames:
+            if self._lost:
+                raise ConnectionError("the connection was lost")
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        frame = self._frames.popleft()
+        if self._paused and not self._frames:
+            self._paused = False
+            self._transport.resume_reading()
+        if isinstance(frame, Exception):
+            raise frame
+        return frame
 
     async def close(self) -> None:
+        self._transport.abort()
         await self._connection.disconnect(nowait=True)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what the transport has read."""
+        self._parser.feed(data)
+        try:
+            while (frame := self._parser.gets()) is not _NOTHING_YET:
+                self._frames.append(frame)
+        except hiredis.ProtocolError:
+            self._transport.abort()
+        if len(self._frames) > _MOST_FRAMES and not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        """Note that nothing more comes."""
+        self._lost = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 async def _checked_run_id(connection: AbstractConnection) -> str:

@@ -3,19 +3,25 @@
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
-from tests.faults.deployment import Key, Shape, until
+import psycopg
+
+from tests.faults.deployment import Deployment, Key, Shape, until
 from tests.faults.load import REVOKED
 from tests.faults.rows_redis import check_revoked
 from tests.faults.trial import Row, Stage
+from tests.support.sql import execute
+from tfm_guard.store import schema
 
 _FORGETFUL = Shape(redis=False, remembers=1)
 # What waits on a link would be handled first, and hide that the lease has ended.
 _NO_LINK = Shape(redis=False)
 # Where a process dies while it revokes, and the change is not yet committed, or is.
-_BEFORE = ("before the transaction", "key locked", "before COMMIT")
-_AFTER = ("after COMMIT", "before reading the register", "register read", "before confirming")
+_BEFORE = ("before revoking", "key locked", "before COMMIT")
+_AFTER = ("revoked", "before telling", "told", "before confirming")
+_SQLITE = Shape(database="sqlite", redis=False)
 _UNSEEN_SECONDS = 1.5
 
 
@@ -85,6 +91,47 @@ def _die_at(stage: Stage, point: str, *, committed: bool) -> None:
     stage.end(excused=(0,))
     deployment.restart(deployment.workers[0])
     stage.since = None
+
+
+def _dies_within(stage: Stage) -> None:
+    """The process that revokes dies while PostgreSQL executes its statement, in a wait for a lock.
+
+    PostgreSQL may complete it, or not: whatever the key's row says, the feed must say, too.
+    """
+    deployment = stage.deployment
+    stage.begin()
+    with psycopg.connect(deployment.url) as other:
+        other.execute("UPDATE tfm_feed SET head = head")
+        with ThreadPoolExecutor(1) as threads:
+            deleting = threads.submit(stage.revoke)
+            if not until(lambda: _is_waiting(deployment), "a wait for the head", 3.0):
+                stage.untried.append("the statement did not wait")
+            deployment.workers[0].kill()
+            deleted = deleting.result()
+        stage.expect(deleted.status == 0, f"answered {deleted.status}")
+        other.rollback()
+    stage.expect(until(lambda: not _is_waiting(deployment), "its end", 3.0), "it never ended")
+    is_revoked = deployment.is_revoked(stage.key)
+    stage.notes.append("completed" if is_revoked else "undone")
+    changes = schema.changes.select().where(schema.changes.c.prefix == stage.key.prefix)
+    told = [change.kind for change in execute(deployment.url, changes)].count("revoked")
+    stage.expect(told == is_revoked, f"half-done in the database: {told} changes")
+    stage.watch(_UNSEEN_SECONDS)
+    again = stage.revoke(by=1)
+    stage.expect(again.status == 204, f"deleting again answered {again.status}")
+    stage.watch(1.0)
+    stage.end(excused=(0,))
+    deployment.restart(deployment.workers[0])
+
+
+def _is_waiting(deployment: Deployment) -> bool:
+    """Tell whether a statement waits for a lock."""
+    (row,) = execute(
+        deployment.url,
+        "SELECT count(*) AS number FROM pg_stat_activity"
+        " WHERE wait_event_type = 'Lock' AND datname = current_database()",
+    )
+    return bool(row.number)
 
 
 def _fill_held_back(stage: Stage) -> None:
@@ -177,6 +224,15 @@ ROWS = [
         name="crash before COMMIT",
         promise="nothing has happened",
         trial=_dies(_BEFORE, committed=False),
+        off="commits_early",
+        shows="half-done in the database",
+        shape=_SQLITE,
+    ),
+    Row(
+        number=42,
+        name="crash in the middle of PostgreSQL's statement",
+        promise="all of it has happened, or nothing",
+        trial=_dies_within,
         off="commits_early",
         shows="half-done in the database",
     ),

@@ -148,7 +148,8 @@ def _state() -> dict[str, Any]:
         "connections": sum(
             pool.pool.checkedout()
             for pool in (database._reader, database._writer, database._feed_reader)  # noqa: SLF001
-        ),
+        )
+        + getattr(database._changing, "in_use", 0),  # noqa: SLF001  # none on SQLite
         "how": _revocations[-1][0].how if _revocations else "",
         "revoking": _revocations[-1][1] if _revocations else 0.0,
         "repr": repr(freshness),

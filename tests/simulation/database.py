@@ -13,7 +13,7 @@ from uuid import UUID
 from tests.simulation.network import Network, Postponed
 from tests.simulation.timeline import START, Timeline
 from tfm_guard.errors import Unavailable
-from tfm_guard.records import ApiKey, Change, ChangeKind, StoredKey, Tally
+from tfm_guard.records import Actor, ApiKey, Change, ChangeKind, StoredKey, Tally
 from tfm_guard.store import (
     MARKED,
     FeedState,
@@ -25,6 +25,7 @@ from tfm_guard.store import (
     Place,
     PrefixTaken,
     Register,
+    revoking,
 )
 from tfm_guard.store.database import READ_SECONDS, WRITE_SECONDS
 
@@ -408,6 +409,13 @@ class SimStore:
         for change in changes:
             self._on_commit(change)
         return result, changes
+
+    async def revoke_key(self, account_id: str, key_id: UUID, actor: str | Actor) -> Change | None:
+        who = Actor.of(actor)
+        earlier, changes = await self.transact(
+            lambda transaction: revoking.revoke(transaction, account_id, key_id, who)
+        )
+        return earlier or next(iter(changes), None)
 
     def on_commit(self, listener: Callable[[Change], None]) -> None:
         self._on_commit = listener

@@ -70,7 +70,7 @@ def test_a_violation_is_told_with_its_seed_and_what_led_to_it(
     """A campaign in which an invariant fails exits with 1 and shows the last events."""
     undo = BREAKS["revoking waits for nobody"]()
     try:
-        status = main(["--seed", "6", "--steps", "100000"])
+        status = main(["--seed", "1", "--steps", "100000"])
     finally:
         undo()
     output = capsys.readouterr().out

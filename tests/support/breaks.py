@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from hmac import compare_digest
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from tfm_guard import (
     confirmation,
     deadlines,
     freshness,
+    keys,
     link,
     reader,
     records,
@@ -30,7 +31,7 @@ from tfm_guard import (
 )
 from tfm_guard.errors import InvalidToken, Unavailable
 from tfm_guard.local_cache import LocalCache
-from tfm_guard.store import database, schema, store, transaction, upgrade
+from tfm_guard.store import database, revoking, schema, store, transaction, upgrade
 
 Undo = Callable[[], None]
 _NOTHING: Final = object()
@@ -214,13 +215,13 @@ def no_busy_wait() -> Undo:
 
 def no_joining() -> Undo:
     """Revoking a key again says that there is none, confirmed or not."""
-    former = transaction.Transaction.lock_key
+    former = revoking.revoke_at_once
 
-    async def lock_key(self: Any, account_id: str, key_id: Any) -> Any:
-        row = await former(self, account_id, key_id)
-        return row if row is None or row.revoked_at is None else None
+    async def revoke(*args: Any) -> Any:
+        change, new = await former(*args)
+        return change if new else None, new
 
-    return put(transaction.Transaction, "lock_key", lock_key)
+    return put(revoking, "revoke_at_once", revoke)
 
 
 def no_role_check() -> Undo:
@@ -270,7 +271,20 @@ def commits_early() -> Undo:
         await self._connection.exec_driver_sql("COMMIT")  # PostgreSQL's driver then begins anew
         self._pending.append((kind, key.prefix, key.version + 1))
 
-    return put(transaction.Transaction, "change_key", change_key)
+    return both(put(transaction.Transaction, "change_key", change_key), in_steps())
+
+
+def in_steps() -> Undo:
+    """Revoking is several statements on PostgreSQL, too: where the next break takes one apart."""
+
+    async def revoke_key(self: Any, account_id: str, key_id: Any, actor: Any) -> Any:
+        who = records.Actor.of(actor)
+        earlier, changes = await self.transact(
+            lambda transaction: revoking.revoke(transaction, account_id, key_id, who)
+        )
+        return earlier or next(iter(changes), None)
+
+    return put(store.Store, "revoke_key", revoke_key)
 
 
 def numbers_early() -> Undo:
@@ -359,13 +373,17 @@ def dies_silently() -> Undo:
 
 
 def joins_blindly() -> Undo:
-    """A process that registers does not ask what was before, and believes what is older."""
+    """A process that registers neither asks what was before, nor learns it from what it reads.
+
+    Each of the two is enough, under requests for the key.
+    """
 
     async def recent_changes(_self: Any, *_: Any) -> list[Any]:
         return []
 
     return both(
         put(store.Store, "recent_changes", recent_changes),
+        put(reader.KeyReader, "_learn", lambda *_: None),
         put(
             freshness.Freshness,
             "sealed_after",
@@ -376,15 +394,15 @@ def joins_blindly() -> Undo:
 
 def ack_regardless() -> Undo:
     """Revoking returns normally when the database refuses it."""
-    former = store.Store.transact
+    former = keys.KeyManager.revoke
 
-    async def transact(self: Any, work: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def revoke(self: Any, *args: Any, **options: Any) -> records.Revocation:
         try:
-            return await former(self, work)
+            return await former(self, *args, **options)
         except Unavailable:
-            return None, []
+            return records.Revocation(how="acknowledged", workers=0, seconds=0.0)
 
-    return put(store.Store, "transact", transact)
+    return put(keys.KeyManager, "revoke", revoke)
 
 
 def no_flushes() -> Undo:

@@ -6,17 +6,20 @@ import signal
 from typing import Any, Final
 
 from tests.support.breaks import Undo, put
+from tfm_guard.link import Link
 from tfm_guard.store import Store, Transaction
 
 # Where: the class, its coroutine, and whether the point lies before it or after it.
 _POINTS: Final[dict[str, tuple[type, str, bool]]] = {
     "before the transaction": (Store, "transact", True),
+    "before revoking": (Store, "revoke_key", True),
     "before locking": (Transaction, "lock_key", True),
     "key locked": (Transaction, "lock_key", False),
     "before COMMIT": (Transaction, "append_changes", False),
     "after COMMIT": (Store, "transact", False),
-    "before reading the register": (Store, "read_register", True),
-    "register read": (Store, "read_register", False),
+    "revoked": (Store, "revoke_key", False),
+    "before telling": (Link, "tell", True),
+    "told": (Link, "tell", False),
     "before confirming": (Store, "confirm_revocation", True),
     "confirmed": (Store, "confirm_revocation", False),
     "key read": (Store, "find_keys", False),

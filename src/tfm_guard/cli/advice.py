@@ -25,6 +25,8 @@ _MOST_PASSES: Final = 10
 _LEAST_CONNECTIONS: Final = 4
 _MOST_CACHED: Final = 10_000_000
 _MIB: Final = 2**20
+# Connections of a process beside its two pools.
+_BESIDE: Final = 5
 # Of the connections that a server admits, what processes may take together.
 _MOST_OF_ROOM: Final = 0.9
 _NO_ROOM: Final = (
@@ -139,13 +141,13 @@ def advise_database(
     size = max(reading.connections, _LEAST_CONNECTIONS)
     words = _connections(reading)
     if measures.admitted is not None:
-        admitted = int((measures.admitted * _MOST_OF_ROOM / processes - 2) // 2)
+        admitted = int((measures.admitted * _MOST_OF_ROOM / processes - _BESIDE) // 2)
         if admitted < size:
             size = max(admitted, 1)
             words = f"{_FEWER if admitted > 0 else _NO_ROOM}: {words}"
         words += (
             f"; of the server's {measures.admitted} connections, all processes ({processes}) hold "
-            f"up to {processes * (2 * size + 2)}"
+            f"up to {processes * (2 * size + _BESIDE)}"
         )
     yield Advice("database_pool_size", size, present.database_pool_size, words)
     yield _advise_flushing(processes, measures, present)

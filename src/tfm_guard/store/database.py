@@ -4,10 +4,11 @@ import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aiosqlite
-from sqlalchemy import Connection, Engine, Executable, NullPool, create_engine, event
+from sqlalchemy import URL, Connection, Engine, Executable, NullPool, create_engine, event
+from sqlalchemy.dialects.postgresql.psycopg import PGDialectAsync_psycopg
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -15,15 +16,35 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from tfm_guard.errors import ConfigurationError, GuardError, Unavailable
 from tfm_guard.settings import read_database_url
 from tfm_guard.store.sqlite_file import SqliteFile
+from tfm_guard.store.statements import Statement
+
+if TYPE_CHECKING:
+    from tfm_guard.store.direct import DirectConnections
 
 T = TypeVar("T")
 
 READ_SECONDS: Final = 1.0
 WRITE_SECONDS: Final = 5.0
 _POOL_SECONDS: Final = 0.5  # how long a read waits for a connection
+# Connections to revoke keys; and one for what everybody waits for who has revoked a key.
+_CHANGING: Final = 2
+_ASKING: Final = 1
 _ATTEMPTS: Final = 4  # a transaction is tried again at most 3 times
 
 _DRIVERS: Final = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+# How psycopg connects.
+_POSTGRESQL: Final = {
+    "connect_timeout": 2,  # seconds, the least that libpq takes
+    "prepare_threshold": None,  # PgBouncer in transaction mode knows no prepared statements
+    "application_name": "tfm-guard",
+    # Never a standby: what it knows of revocations is old.
+    "target_session_attrs": "primary",
+    # A peer that is gone without a word is noticed by the kernel.
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 2,
+    "tcp_user_timeout": 5_000,  # milliseconds
+}
 # Serialization failure, deadlock, lock not available: the whole transaction may succeed next time.
 _TRANSIENT_SQLSTATES: Final = frozenset({"40001", "40P01", "55P03"})
 
@@ -49,6 +70,10 @@ class Database:
             self._writer = make(parsed, pool_size, reading=False)
             # The lease hangs on reading the feed, so that never queues behind anything.
             self._feed_reader = make(parsed, 1, reading=True)
+            self._changing = self._asking = None
+            if self._file is None:
+                self._changing = _direct(parsed, most=_CHANGING)
+                self._asking = _direct(parsed, most=_ASKING)
             self._usage_writer: AsyncEngine | Engine = (
                 make(parsed, 1, reading=False)
                 if self._file is None
@@ -93,6 +118,9 @@ class Database:
         await self._feed_reader.dispose()
         if isinstance(self._usage_writer, AsyncEngine):
             await self._usage_writer.dispose()
+        for connections in (self._changing, self._asking):
+            if connections is not None:
+                await connections.close()
 
     async def read(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, seconds: float | None = None
@@ -157,6 +185,32 @@ class Database:
                 await connection.execute(statement, values)
 
         await self._within(WRITE_SECONDS, attempt)
+
+    async def change_at_once(
+        self, statement: Statement, values: Mapping[str, Any]
+    ) -> list[tuple[Any, ...]]:
+        """Execute a *statement* of PostgreSQL in one round trip; return its rows.
+
+        It must do no harm if it is carried out twice, or late.
+        """
+        return await self._run_at_once(self._changing, statement, values, WRITE_SECONDS)
+
+    async def ask_at_once(
+        self, statement: Statement, values: Mapping[str, Any], *, seconds: float = WRITE_SECONDS
+    ) -> list[tuple[Any, ...]]:
+        """Do so with one that waits for no lock, on a connection that none that does takes."""
+        return await self._run_at_once(self._asking, statement, values, seconds)
+
+    async def _run_at_once(
+        self,
+        connections: "DirectConnections | None",
+        statement: Statement,
+        values: Mapping[str, Any],
+        seconds: float,
+    ) -> list[tuple[Any, ...]]:
+        if connections is None:
+            raise TypeError(f"{self!r} has no round trips to save")
+        return await self._within(seconds, lambda _: connections.run(statement, values))
 
     async def _read_with(
         self,
@@ -314,20 +368,17 @@ def _postgresql_engine(url: Any, pool_size: int, *, reading: bool) -> AsyncEngin
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=_POOL_SECONDS if reading else WRITE_SECONDS,
-        connect_args={
-            "connect_timeout": 2,  # seconds, the least that libpq takes
-            "prepare_threshold": None,  # PgBouncer in transaction mode knows no prepared statements
-            "application_name": "tfm-guard",
-            # Never a standby: what it knows of revocations is old.
-            "target_session_attrs": "primary",
-            # A peer that is gone without a word is noticed by the kernel.
-            "keepalives_idle": 5,
-            "keepalives_interval": 2,
-            "keepalives_count": 2,
-            "tcp_user_timeout": 5_000,  # milliseconds
-        },
+        connect_args=_POSTGRESQL,
         hide_parameters=True,
         # Whatever the server's default: above this, changes for different accounts would fail each
         # other at the head of the feed, where they need only wait.
         isolation_level="AUTOCOMMIT" if reading else "READ COMMITTED",
     )
+
+
+def _direct(url: URL, *, most: int) -> "DirectConnections":
+    from tfm_guard.store.direct import DirectConnections  # noqa: PLC0415  # needs the driver
+
+    dialect: Any = PGDialectAsync_psycopg  # it has no annotations
+    _, options = dialect().create_connect_args(url)
+    return DirectConnections(options | _POSTGRESQL, most=most)

@@ -1,8 +1,8 @@
 """Reading the feed of changes, and the register of processes that cache."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
@@ -126,9 +126,13 @@ def _is_registered(worker_id: UUID) -> ColumnElement[bool]:
 
 async def read_register(connection: AsyncConnection) -> Register:
     """Return the registered processes, and the head of the feed in the same moment."""
-    rows = (await connection.execute(_REGISTER)).all()
-    members = {row.id: Member(row.seen, row.link) for row in rows if row.id is not None}
-    return Register(rows[0].head, members)
+    return register_of((await connection.execute(_REGISTER)).all())
+
+
+def register_of(rows: Sequence[Any]) -> Register:
+    """Return the register that is in *rows*: of each process the head, its id, seen and link."""
+    members = {worker: Member(seen, link) for _, worker, seen, link in rows if worker is not None}
+    return Register(rows[0][0], members)
 
 
 async def strike_off(

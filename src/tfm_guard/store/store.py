@@ -19,7 +19,6 @@ from sqlalchemy import (
     literal,
     select,
     text,
-    true,
     type_coerce,
     update,
 )
@@ -27,8 +26,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tfm_guard.clock import Clock
-from tfm_guard.records import Account, ApiKey, AuditEvent, AuditRow, Change, StoredKey, Tally
-from tfm_guard.store import audit, feed, schema, signs, upgrade, usage
+from tfm_guard.records import Account, Actor, ApiKey, AuditEvent, AuditRow, Change, StoredKey, Tally
+from tfm_guard.store import audit, feed, revoking, schema, signs, upgrade, usage
 from tfm_guard.store.database import Database
 from tfm_guard.store.feed import FeedState, Place, Register
 from tfm_guard.store.inspection import Look, find_faults, look, prune_audit, prune_changes
@@ -368,6 +367,8 @@ class Store:
 
     async def read_register(self) -> Register:
         """Return the registered processes, and how far the feed had come."""
+        if self._database.dialect == "postgresql":
+            return await revoking.read_register_at_once(self._database)
         return await self._database.read(feed.read_register)
 
     async def strike_off(
@@ -399,12 +400,35 @@ class Store:
             if len(page) < feed.PAGE:
                 return changes
 
+    async def revoke_key(self, account_id: str, key_id: UUID, actor: str | Actor) -> Change | None:
+        """Revoke the account's key for good, unless it was revoked before; return the change.
+
+        Of a key that was revoked before, a change that nobody has seen who does not know of that.
+        None if there is no such key, or its revocation was confirmed. Raises `Unavailable` where
+        the key is not known to be revoked.
+        """
+        who = Actor.of(actor)
+        if self._database.dialect == "sqlite":
+            earlier, changes = await self.transact(
+                lambda transaction: revoking.revoke(transaction, account_id, key_id, who)
+            )
+            return earlier or next(iter(changes), None)
+        change, new = await revoking.revoke_at_once(self._database, account_id, key_id, who)
+        if change is not None and new:
+            self._on_commit(change)
+        return change
+
     async def confirm_revocation(self, key_id: UUID) -> None:
         """Record that the revocation of a key has been shown to hold everywhere."""
-        confirm = _CONFIRM_SOON
-        if self._database.dialect == "sqlite":
-            confirm = _CONFIRM.values(confirmed_at=self._now())
-        await self._database.write_one(confirm, {"confirmed_key": key_id})
+        if self._database.dialect == "postgresql":
+            await revoking.confirm_at_once(self._database, key_id)
+            return
+        confirm = (
+            update(schema.keys)
+            .where(schema.keys.c.id == key_id)
+            .values(confirmed_at=self._clock.now())
+        )
+        await self._database.write(lambda connection: connection.execute(confirm))
 
     async def set_digest(self, key_id: UUID, digest: bytes, digest_key_id: str) -> None:
         """Store the digest of a key that was proven by its slow hash. Its state stays as it is."""
@@ -520,13 +544,6 @@ def _find_keys(dialect: str) -> Select[Any]:
         .join(schema.accounts, schema.accounts.c.id == keys.account_id)
         .where(condition)
     )
-
-
-_CONFIRM: Final = update(schema.keys).where(schema.keys.c.id == bindparam("confirmed_key"))
-# Without waiting for a disk or a standby: if PostgreSQL loses it, asking again confirms it again.
-_CONFIRM_SOON: Final = _CONFIRM.where(
-    func.set_config("synchronous_commit", "off", true()) == "off"
-).values(confirmed_at=func.clock_timestamp(type_=UtcDateTime()))
 
 
 async def _read_installation(connection: AsyncConnection) -> tuple[Installation, Times]:
