@@ -146,17 +146,17 @@ class Stage:
 
     def latency(
         self,
-        quantile: float,
+        share: float,
         *,
         since: float,
         key: str = VALID,
         workers: tuple[int, ...] | None = None,
     ) -> float:
-        """Return a quantile of the seconds that requests started after *since* took."""
-        took = [
-            each.ended - each.started for each in self.answers(key, since=since, workers=workers)
-        ]
-        return sorted(took)[math.ceil(quantile * len(took)) - 1] if took else math.inf
+        """Return in how many seconds a *share* of the requests started after *since* were over."""
+        return quantile(
+            share,
+            [each.ended - each.started for each in self.answers(key, since=since, workers=workers)],
+        )
 
     def _check_asked(self, worker: int, since: float, stopped: float) -> None:
         assert self.load is not None
@@ -173,6 +173,11 @@ class Stage:
         if strictly and right < _VALID_SHARE * len(answers):
             share = right / max(len(answers), 1)
             self.missed.append(f"worker {worker} accepted the valid key {share:.1%} of times")
+
+
+def quantile(share: float, numbers: list[float]) -> float:
+    """Return what a *share* of *numbers* does not exceed."""
+    return sorted(numbers)[math.ceil(share * len(numbers)) - 1] if numbers else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
