@@ -26,7 +26,7 @@ T = TypeVar("T")
 READ_SECONDS: Final = 1.0
 WRITE_SECONDS: Final = 5.0
 _POOL_SECONDS: Final = 0.5  # how long a read waits for a connection
-# Connections to revoke keys; and one for what everybody waits for who has revoked a key.
+# Connections to revoke keys and to confirm that; and one for what is asked meanwhile.
 _CHANGING: Final = 2
 _ASKING: Final = 1
 _ATTEMPTS: Final = 4  # a transaction is tried again at most 3 times
@@ -169,20 +169,18 @@ class Database:
 
         return await self._within(WRITE_SECONDS, attempt)
 
-    async def write_one(
-        self, statement: Executable, values: Mapping[str, Any] | None = None
-    ) -> None:
+    async def write_one(self, statement: Executable) -> None:
         """Execute one *statement*, which commits by itself: a third of the round trips of `write`.
 
         It must be one that does no harm if it is carried out twice, or late.
         """
         if self.dialect == "sqlite":
-            await self.write(lambda connection: connection.execute(statement, values))
+            await self.write(lambda connection: connection.execute(statement))
             return
 
         async def attempt(_: list[bool]) -> None:
             async with self._reader.connect() as connection:
-                await connection.execute(statement, values)
+                await connection.execute(statement)
 
         await self._within(WRITE_SECONDS, attempt)
 
@@ -198,7 +196,7 @@ class Database:
     async def ask_at_once(
         self, statement: Statement, values: Mapping[str, Any], *, seconds: float = WRITE_SECONDS
     ) -> list[tuple[Any, ...]]:
-        """Do so with one that waits for no lock, on a connection that none that does takes."""
+        """Do so with one that waits for no lock, and so for none of `change_at_once`."""
         return await self._run_at_once(self._asking, statement, values, seconds)
 
     async def _run_at_once(

@@ -68,7 +68,7 @@ async def read_register_at_once(database: Database) -> Register:
 
 async def confirm_at_once(database: Database, key_id: UUID) -> None:
     """Record on PostgreSQL that a revocation has been shown to hold everywhere."""
-    await database.ask_at_once(_CONFIRM, {"key_id": key_id})
+    await database.change_at_once(_CONFIRM, {"key_id": key_id})
 
 
 def _again(head: int, prefix: str, version: int) -> Change:
